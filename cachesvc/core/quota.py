@@ -1,0 +1,54 @@
+"""How much of an arena a tenant may have: a guaranteed minimum, a maximum, whole extents.
+
+Covers: pure sums over counts of extents. Not here: which extent moves (`core.extents`); caps of sessions inside a slab
+class (`core.sessions.Sessions.room`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TenantQuota:
+    """A tenant's share in bytes; `max_bytes` None = the whole arena."""
+
+    name: str
+    min_bytes: int = 0
+    max_bytes: int | None = None
+
+
+class Quotas:
+    """Shares of all tenants, in whole extents of `extent_bytes`; minima are rounded up, maxima down, but not to 0."""
+
+    def __init__(self, tenants: tuple[TenantQuota, ...], extent_bytes: int, extents_max: int) -> None:
+        self.extents_max = extents_max
+        self._min = {t.name: -(-t.min_bytes // extent_bytes) for t in tenants}
+        self._max = {
+            t.name: extents_max if t.max_bytes is None else max(1, t.max_bytes // extent_bytes) for t in tenants
+        }
+
+    def knows(self, tenant: str) -> bool:
+        """Is it a tenant of this node?"""
+        return tenant in self._min
+
+    def entitled(self, tenant: str, used: Mapping[str, int]) -> bool:
+        """Has it less than it is guaranteed?"""
+        return used.get(tenant, 0) < self._min[tenant]
+
+    def may_grow(self, tenant: str, used: Mapping[str, int]) -> bool:
+        """May it have one more extent? Not above its maximum, and not out of what others are guaranteed but lack."""
+        mine = used.get(tenant, 0)
+        if mine >= self._max[tenant]:
+            return False
+        owed = sum(max(0, least - used.get(name, 0)) for name, least in self._min.items() if name != tenant)
+        return self.extents_max - sum(used.values()) - 1 >= owed
+
+    def may_receive(self, tenant: str, used: Mapping[str, int]) -> bool:
+        """May an extent of another tenant move to it?"""
+        return used.get(tenant, 0) < self._max[tenant]
+
+    def may_give(self, tenant: str, used: Mapping[str, int]) -> bool:
+        """May another tenant take one of its extents?"""
+        return used.get(tenant, 0) > self._min[tenant]

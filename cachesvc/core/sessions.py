@@ -1,0 +1,260 @@
+"""Who holds what: sessions of engines, their processes, tickets and requests.
+
+Covers: the records and the registry of them. Not here: what happens to the slots of a ticket (`core.transfers`).
+
+A session is all processes of one engine. It lives as long as a connection is open or a ticket isn't settled, and while
+two of its processes live: one that comes back may hand out a slot that the other, not yet back, will write::
+
+      Hello (first process)               last connection gone, nothing held, at most one process alive
+    ------------------------> SESSION -----------------------------------------------------------------> gone
+                               |  ^
+     scheduler's connection    |  | Hello of a scheduler that names its open tickets
+     lost: tickets of writes   v  |
+     are quarantined, leases  SESSION WITHOUT SCHEDULER
+     stay
+
+A **write ticket** is *owned* (`waiting is None`: the session will seal or abort it) or *quarantined* (`waiting` is the
+set of processes that may still write its slots; empty = its slots are free again). A **lease** is held until it is
+released or every process of its session is dead. Sessions with a process that gave no pidfd are *timed*: for them, and
+only for them, time (`quarantine_s`) stands in for a death.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from cachesvc.types import Priority
+
+if TYPE_CHECKING:
+    from cachesvc.core.index import Namespace, Space
+    from cachesvc.core.slots import SlabClass
+
+SESSIONS_MAX: Final = 1024
+TICKETS_PER_SESSION_MAX: Final = 8192
+LEASED_KEYS_PER_SESSION_MAX: Final = 1 << 20
+"""Slots in all leases of a session on one class, a slot in two of them counted twice: what the records may cost."""
+
+REQUESTS_PER_SESSION_MAX: Final = 4096
+REQUEST_SLOTS_MAX: Final = 1 << 17
+"""Slots remembered of one request; beyond it (2 M tokens at 16 a chunk) they are treated as anybody's."""
+
+REQUEST_SLOTS_PER_SESSION_MAX: Final = 1 << 20
+"""Slots remembered of all requests of a session; beyond it the oldest requests are forgotten."""
+
+
+@dataclass(slots=True, eq=False)
+class WriteTicket:
+    """One allocation in flight: `keys[i]` is being written into slot number `slots[i]` of the space's class."""
+
+    session: Session
+    number: int
+    space: Space
+    keys: list[bytes]
+    slots: list[int]
+    request: int
+    priority: Priority
+    done: set[int] = field(default_factory=set)
+    """Processes that said they write its slots no more."""
+    waiting: set[int] | None = None
+    since: float = 0.0
+    """When it was quarantined (seconds)."""
+    hold_until: float = float("-inf")
+    """Not freed before this: processes that a restarted daemon hasn't seen again yet may still write."""
+
+
+@dataclass(slots=True, eq=False)
+class LeaseTicket:
+    """One lease in flight on slot numbers of one class."""
+
+    session: Session
+    number: int
+    slab: SlabClass
+    slots: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What an engine's request has touched or stored, per class: slot number -> generation, in prefix order."""
+
+    slots: dict[SlabClass, dict[int, int]] = field(default_factory=dict)
+
+    def note(self, slab: SlabClass, numbers: Sequence[int]) -> None:
+        """These slots belong to this request from now on (if they aren't too many)."""
+        mine = self.slots.setdefault(slab, {})
+        generations = slab.generations
+        for n in islice(numbers, max(0, REQUEST_SLOTS_MAX - len(mine))):
+            mine[n] = generations[n]
+
+    def living(self, slab: SlabClass) -> dict[int, int]:
+        """Its slots in one class that still hold what they held; the rest is forgotten."""
+        mine = self.slots.setdefault(slab, {})
+        generations = slab.generations
+        for n in [n for n, generation in mine.items() if generations[n] != generation]:
+            del mine[n]
+        return mine
+
+    def __len__(self) -> int:
+        return sum(map(len, self.slots.values()))
+
+
+@dataclass(slots=True)
+class Held:
+    """Slots of one class that a session holds."""
+
+    leases: dict[int, int] = field(default_factory=dict)
+    """Slot number -> in how many of its leases it is: what a session reads twice it holds once."""
+    leased_keys: int = 0
+    """Sum of the values of `leases`."""
+    writing: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """All processes of one engine, in one namespace of one tenant. Owned by the node."""
+
+    name: bytes
+    tenant: str
+    namespace: Namespace
+    processes: set[int] = field(default_factory=set)
+    connections: set[int] = field(default_factory=set)
+    scheduler: int | None = None
+    """The connection that allocates, seals and leases."""
+    timed: bool = False
+    lost_at: float = 0.0
+    """When the last connection was lost (seconds)."""
+    writes: dict[int, WriteTicket] = field(default_factory=dict)
+    leases: dict[int, LeaseTicket] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)
+    held: dict[SlabClass, Held] = field(default_factory=dict)
+    noted: int = 0
+    """At least the slots that its requests remember."""
+
+    def request(self, number: int) -> Request:
+        """The request of that number, known from now on; for number 0 = none, one that nobody will remember."""
+        if not number:
+            return Request()
+        known = self.requests.get(number)
+        if known is None:
+            if len(self.requests) >= REQUESTS_PER_SESSION_MAX:
+                # an engine that never ends its requests loses the protection of its oldest
+                del self.requests[next(iter(self.requests))]
+            known = self.requests[number] = Request()
+        return known
+
+    def note(self, request: Request, slab: SlabClass, numbers: Sequence[int]) -> None:
+        """These slots belong to one of its requests from now on."""
+        request.note(slab, numbers)
+        self.noted += len(numbers)
+        if self.noted > REQUEST_SLOTS_PER_SESSION_MAX:
+            self.noted = sum(map(len, self.requests.values()))
+            # to well below, so that this is rare; `request` itself is the last to go
+            while self.noted > REQUEST_SLOTS_PER_SESSION_MAX // 2 and len(self.requests) > 1:
+                oldest = next(iter(self.requests))
+                self.noted -= len(self.requests.pop(oldest))
+
+    def holding(self, slab: SlabClass) -> Held:
+        """What it holds of a class."""
+        held = self.held.get(slab)
+        if held is None:
+            held = self.held[slab] = Held()
+        return held
+
+    def room_for_tickets(self) -> bool:
+        """May it have one more ticket in flight?"""
+        return len(self.writes) + len(self.leases) < TICKETS_PER_SESSION_MAX
+
+    def finished(self) -> bool:
+        """Nobody is there, nothing is held, and no two processes are left that must know of each other."""
+        return not (self.connections or self.writes or self.leases) and len(self.processes) < 2
+
+    def slabs(self) -> set[SlabClass]:
+        """The classes that its namespace's groups lie in."""
+        return {space.slab for space in self.namespace.spaces}
+
+
+class Sessions:
+    """The registry: sessions by name, by connection, by process."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[tuple[str, bytes], Session] = {}
+        self.by_connection: dict[int, Session] = {}
+        self._process_of: dict[int, int | None] = {}
+        self._connected: Counter[SlabClass] = Counter()
+
+    def join(self, session: Session, connection: int, process: int | None) -> None:
+        """A connection of a process belongs to the session from now on."""
+        if not session.connections:
+            self._connected.update(session.slabs())
+        self.by_name[session.tenant, session.name] = session
+        self.by_connection[connection] = session
+        self._process_of[connection] = process
+        session.connections.add(connection)
+        if process is None:
+            session.timed = True
+        else:
+            session.processes.add(process)
+
+    def leave(self, connection: int, now: float) -> Session | None:
+        """The connection is gone; the session it was of."""
+        session = self.by_connection.pop(connection, None)
+        self._process_of.pop(connection, None)
+        if session is not None:
+            session.connections.discard(connection)
+            session.lost_at = now
+            if not session.connections:
+                self._connected.subtract(session.slabs())
+                self._connected = +self._connected
+        return session
+
+    def process_of(self, connection: int) -> int | None:
+        """The process behind a connection (None = it gave no pidfd)."""
+        return self._process_of.get(connection)
+
+    def connections_of(self, session: Session, process: int) -> list[int]:
+        """Connections of a session that lead to this process."""
+        return [connection for connection in session.connections if self._process_of[connection] == process]
+
+    def of_process(self, process: int) -> list[Session]:
+        """Every session that the process takes part in."""
+        return [session for session in self.by_name.values() if process in session.processes]
+
+    def connected(self, slab: SlabClass) -> int:
+        """How many connected sessions use this class."""
+        return self._connected[slab]
+
+    def room(self, session: Session, slab: SlabClass, taken: int) -> int:
+        """How many slots of a class the session may take beside the `taken` ones that it has in leases, or in writing:
+        while another session is connected, half of the class in each and three quarters in both together, so that a
+        wedged holder starves nobody; alone, all of it. Less than 0 if it has too many already."""
+        slots = slab.slot_count()
+        others = self._connected[slab] - (1 if session.connections else 0)
+        if others <= 0:
+            return slots - taken
+        held = session.holding(slab)
+        return min(slots // 2 - taken, slots * 3 // 4 - len(held.leases) - held.writing)
+
+    def forget(self, session: Session) -> None:
+        """The session has finished."""
+        del self.by_name[session.tenant, session.name]
+        session.namespace.sessions -= 1
+
+    def check_invariants(self) -> None:
+        """Counts of holdings match the tickets; every connection's session is registered."""
+        for session in self.by_name.values():
+            for slab, held in session.held.items():
+                leased = Counter(n for t in session.leases.values() if t.slab is slab for n in t.slots)
+                writing = sum(len(t.slots) for t in session.writes.values() if t.space.slab is slab)
+                counted = held.leases, held.leased_keys, held.writing
+                assert (leased, leased.total(), writing) == counted, f"session {session.name!r} miscounts"
+            assert session.noted >= sum(map(len, session.requests.values())), f"session {session.name!r} misnotes"
+            for ticket in session.writes.values():
+                assert ticket.waiting is None or ticket.waiting <= session.processes
+        for slab, count in self._connected.items():
+            assert count == sum(1 for s in self.by_name.values() if s.connections and slab in s.slabs())
+        for connection, session in self.by_connection.items():
+            assert connection in session.connections
+            assert self.by_name.get((session.tenant, session.name)) is session

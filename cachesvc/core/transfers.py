@@ -1,0 +1,360 @@
+"""What happens to chunks: allocate, seal, abort, quarantine, lease, release, evict, touch.
+
+Covers: every change of a slot that a client causes. Not here: who may speak for which session (`core.node`), where
+extents come from (`core.extents`). Table marks are collected per call and leave in one effect per extent and kind.
+
+Invariants kept here: a key is in `Space.sealed` exactly while its slot is sealed in a usable extent and tracked by the
+policy; a key is in `Space.writing` exactly while an owned ticket writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from cachesvc.core.events import Effect, MarkFree, MarkSealed, MarkWriting, SlotRun
+from cachesvc.core.index import Index, Space
+from cachesvc.core.sessions import (
+    LEASED_KEYS_PER_SESSION_MAX,
+    LeaseTicket,
+    Request,
+    Session,
+    Sessions,
+    WriteTicket,
+)
+from cachesvc.core.slots import SlabClass, SlotState
+from cachesvc.types import AllocateState, KeyState
+
+TAINTED_PASSED_MAX: Final = 16
+"""Chunks whose slots must rest first that the search for one slot throws away; beyond it the key says RETRY."""
+
+DEPTH_STEP_S: Final = 1e-6
+"""Chunks used at one moment get last-use times this far apart, deeper = older: a restart keeps the order leaf first."""
+
+_RAM = bytes([KeyState.RAM])
+
+
+class Marks:
+    """Slots to mark *free* at their (raised) generations; one effect an extent."""
+
+    def __init__(self) -> None:
+        self._free: dict[SlabClass, list[int]] = {}
+
+    def free(self, slab: SlabClass, n: int) -> None:
+        """Slot number `n` is free."""
+        self._free.setdefault(slab, []).append(n)
+
+    def flush(self, out: list[Effect]) -> None:
+        """Hand them over."""
+        for slab, numbers in self._free.items():
+            for extent, slots, some in by_extent(slab, numbers):
+                out.append(MarkFree(extent, slots, generations_of(slab, some)))
+
+
+def by_extent(slab: SlabClass, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...], list[int]]]:
+    """(extent, slots in it, their slot numbers) for each extent, in the order of first appearance."""
+    per = slab.slots_per_extent
+    groups: dict[int, list[int]] = {}
+    for n in numbers:
+        groups.setdefault(n // per, []).append(n)
+    for some in groups.values():
+        yield slab.extent_of(some[0]).number, tuple([n % per for n in some]), some
+
+
+def generations_of(slab: SlabClass, numbers: Sequence[int]) -> tuple[int, ...]:
+    """What these slots' generations are now."""
+    return tuple(map(slab.generations.__getitem__, numbers))
+
+
+def slot_run(slab: SlabClass, numbers: Sequence[int]) -> SlotRun:
+    """How everybody else names these slot numbers."""
+    per = slab.slots_per_extent
+    extents = {ordinal: slab.extent_of(ordinal * per).number for ordinal in {n // per for n in numbers}}
+    return SlotRun(
+        tuple([extents[n // per] for n in numbers]),
+        tuple([n % per for n in numbers]),
+        generations_of(slab, numbers),
+    )
+
+
+class Transfers:
+    """Moves slots for sessions. Owned by the node; `may_evict` is False in the grace time after a restart, and
+    `more_soon` says that a class gets an extent in a moment."""
+
+    def __init__(self, index: Index, sessions: Sessions, more_soon: Callable[[SlabClass], bool]) -> None:
+        self.index = index
+        self.sessions = sessions
+        self.may_evict = True
+        self._more_soon = more_soon
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def states(self, space: Space, keys: list[bytes]) -> tuple[bytes, list[int | None]]:
+        """One `KeyState` byte a key, and the slot numbers."""
+        found = list(map(space.sealed.get, keys))
+        if None not in found:
+            return _RAM * len(keys), found
+        absent = space.absent_state
+        ram = KeyState.RAM
+        return bytes([absent(key) if n is None else ram for key, n in zip(keys, found, strict=True)]), found
+
+    def arrive(self, session: Session, space: Space, number: int, found: Sequence[int | None], now: float) -> None:
+        """The arrival of a request: each resident chunk of it is touched once, the deepest first: it is to go first.
+
+        A later batch of the same request touches what the earlier ones didn't have, then the request is put in order.
+        """
+        slab = space.slab
+        request = session.request(number)
+        mine = request.living(slab)
+        later_batch = bool(mine)
+        touch, used = slab.eviction.touch, slab.used
+        for depth in range(len(found) - 1, -1, -1):
+            n = found[depth]
+            if n is not None and n not in mine:
+                touch(n)
+                used(n, now - depth * DEPTH_STEP_S)
+        session.note(request, slab, [n for n in found if n is not None])
+        if later_batch:
+            self.refresh(slab, request, now)
+
+    @staticmethod
+    def count(space: Space, states: bytes, keys: int) -> None:
+        """Count an arrival: keys behind the end of `states` (a leading run that ended) share its last reason."""
+        counts = space.namespace.counts
+        hits = states.count(_RAM)
+        counts.hits += hits
+        if hits == keys:
+            return
+        for state in states:
+            if state >= KeyState.NEVER_STORED:
+                counts.misses[KeyState(state)] += 1
+        if states and len(states) < keys and states[-1] >= KeyState.NEVER_STORED:
+            counts.misses[KeyState(states[-1])] += keys - len(states)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def lease(
+        self, session: Session, ticket: int, space: Space, states: bytes, found: Sequence[int | None], *, prefix: bool
+    ) -> tuple[bytes, list[int]]:
+        """Lease what `states` calls RAM; answers the states, shortened to the leading run and its first gap if
+        `prefix`, and the slot numbers leased. What the session's cap refuses says NO_ROOM."""
+        if prefix:
+            run = len(states) - len(states.lstrip(_RAM))
+            states, found = states[: run + 1], found[: run + 1]
+        slab = space.slab
+        slots = [n for n in found if n is not None]
+        refused = self._refused(session, slab, slots)
+        if refused:
+            states, slots = _refuse_leases(states, slots, refused, prefix=prefix)
+        if slots:
+            self.hold(session, ticket, slab, slots)
+            counts = space.namespace.counts
+            counts.loads += len(slots)
+            counts.loaded_bytes += sum(map(slab.lengths.__getitem__, slots))
+        return states, slots
+
+    def _refused(self, session: Session, slab: SlabClass, slots: list[int]) -> set[int]:
+        """Slots that the session may not lease now: those it doesn't hold already and that its cap has no room for."""
+        held = session.holding(slab)
+        if not session.room_for_tickets() or held.leased_keys + len(slots) > LEASED_KEYS_PER_SESSION_MAX:
+            return set(slots)
+        room = self.sessions.room(session, slab, len(held.leases))
+        if len(slots) <= room:
+            return set()
+        more = dict.fromkeys(n for n in slots if n not in held.leases)
+        return set(list(more)[max(0, room) :])
+
+    @staticmethod
+    def hold(session: Session, ticket: int, slab: SlabClass, slots: list[int]) -> None:
+        """The session reads these slots from now on, under a new ticket."""
+        slab.lease(slots)
+        held = session.holding(slab)
+        leases = held.leases
+        for n in slots:
+            leases[n] = leases.get(n, 0) + 1
+        held.leased_keys += len(slots)
+        session.leases[ticket] = LeaseTicket(session, ticket, slab, slots)
+
+    def end_lease(self, ticket: LeaseTicket, now: float, marks: Marks, *, released: bool) -> None:
+        """The reader is gone. Chunks of draining extents go with their last lease; parked ones may be evicted again."""
+        slab = ticket.slab
+        del ticket.session.leases[ticket.number]
+        held = ticket.session.holding(slab)
+        held.leased_keys -= len(ticket.slots)
+        for n in ticket.slots:
+            held.leases[n] -= 1
+            if not held.leases[n]:
+                del held.leases[n]
+            if not slab.unlease(n, released=released):
+                continue
+            if slab.extent_of(n).draining:
+                slab.unseal(n, now)
+                marks.free(slab, n)
+            else:
+                slab.eviction.unpark(n)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, ticket: WriteTicket, keys: list[bytes], now: float, out: list[Effect]) -> bytes:
+        """Slots for `keys`, in prefix order, into the (empty) ticket; one `AllocateState` byte a key.
+
+        Once a key found no room, nothing later gets a slot: a chunk behind a hole can't be reached.
+        """
+        session, space = ticket.session, ticket.space
+        slab = space.slab
+        request = session.request(ticket.request)
+        self.refresh(slab, request, now)
+        # all of them before the first slot is sought: none may be evicted for another
+        session.note(request, slab, [n for n in map(space.sealed.get, keys) if n is not None])
+        marks = Marks()
+        room = self.sessions.room(session, slab, session.holding(slab).writing)
+        states = bytearray()
+        closed: AllocateState | None = None
+        for key in keys:
+            if key in space.sealed:
+                states.append(AllocateState.PRESENT)
+                continue
+            if key in space.writing:
+                states.append(AllocateState.BUSY)
+                continue
+            n = None
+            if closed is None and len(ticket.slots) >= room:
+                closed = AllocateState.RETRY
+            elif closed is None:
+                n = self._slot(slab, ticket, request, now, marks)
+            if n is None:
+                closed = closed or self._why_no_slot(slab)
+                states.append(closed)
+                continue
+            ticket.keys.append(key)
+            ticket.slots.append(n)
+            space.writing[key] = ticket
+            states.append(AllocateState.NEW)
+        if ticket.slots:
+            session.writes[ticket.number] = ticket
+            session.holding(slab).writing += len(ticket.slots)
+        space.namespace.counts.refused += sum(1 for state in states if state >= AllocateState.RETRY)
+        marks.flush(out)
+        for extent, slots, some in by_extent(slab, ticket.slots):
+            out.append(MarkWriting(extent, slots, generations_of(slab, some)))
+        return bytes(states)
+
+    def _slot(self, slab: SlabClass, ticket: WriteTicket, request: Request, now: float, marks: Marks) -> int | None:
+        n = slab.take_free(now)
+        if n is not None or not self.may_evict or self._more_soon(slab):
+            return n
+        spared = request.slots[slab]
+        for _ in range(TAINTED_PASSED_MAX + 1):
+            n = slab.eviction.evict(ticket.priority, slab.leased, spared)
+            if n is None:
+                return None
+            self.index.forget_slot(slab, n).namespace.counts.evictions += 1
+            slab.evicted_at, slab.evicted_last_use = now, slab.last_use[n]
+            if n not in slab.tainted:
+                slab.reuse(n)
+                return n
+            slab.unseal(n, now)
+            marks.free(slab, n)
+        return None
+
+    def _why_no_slot(self, slab: SlabClass) -> AllocateState:
+        """RETRY if waiting a moment can help without anybody's doing."""
+        soon = slab.limbo or not self.may_evict or not slab.slot_count() or self._more_soon(slab)
+        return AllocateState.RETRY if soon else AllocateState.NO_ROOM
+
+    def seal(self, ticket: WriteTicket, lengths: Sequence[int], now: float, out: list[Effect]) -> None:
+        """Make the chunks of an owned ticket readable, the deepest the coldest, what its request has already hotter."""
+        space, session = ticket.space, ticket.session
+        slab = space.slab
+        self._settle(ticket)
+        marks = Marks()
+        kept: dict[int, tuple[bytes, int]] = {}
+        for n, key, length in zip(ticket.slots, ticket.keys, lengths, strict=True):
+            if key in space.sealed or slab.extent_of(n).draining:
+                slab.abort(n)
+                marks.free(slab, n)
+                continue
+            slab.seal(n, space.number, key, length)
+            space.sealed[key] = n
+            kept[n] = key, length
+        counts = space.namespace.counts
+        counts.stores += len(kept)
+        counts.stored_bytes += sum(length for _, length in kept.values())
+        space.new = space.new and not kept
+        numbers = list(kept)
+        for depth in range(len(numbers) - 1, -1, -1):
+            n = numbers[depth]
+            slab.eviction.insert(n, space.digest(kept[n][0]), ticket.priority)
+            slab.used(n, now - depth * DEPTH_STEP_S)
+        request = session.requests.get(ticket.request)
+        if request is not None:
+            session.note(request, slab, numbers)
+            self.refresh(slab, request, now)
+        for extent, slots, some in by_extent(slab, numbers):
+            keys, sizes = zip(*[kept[n] for n in some], strict=True)
+            generations = generations_of(slab, some)
+            namespace = space.namespace.record.namespace
+            out.append(MarkSealed(extent, slots, generations, namespace, space.group, keys, sizes))
+        marks.flush(out)
+
+    def abort(self, ticket: WriteTicket, marks: Marks) -> None:
+        """Nobody writes its slots any more: they are free again."""
+        self._settle(ticket)
+        slab = ticket.space.slab
+        ticket.space.namespace.counts.aborts += len(ticket.slots)
+        for n in ticket.slots:
+            slab.abort(n)
+            marks.free(slab, n)
+
+    def _settle(self, ticket: WriteTicket) -> None:
+        del ticket.session.writes[ticket.number]
+        ticket.session.holding(ticket.space.slab).writing -= len(ticket.slots)
+        self._unlist(ticket)
+
+    @staticmethod
+    def _unlist(ticket: WriteTicket) -> None:
+        for key in ticket.keys:
+            if ticket.space.writing.get(key) is ticket:
+                del ticket.space.writing[key]
+
+    # --- a writer is lost -------------------------------------------------------------------------------------------
+
+    def quarantine(self, ticket: WriteTicket, now: float) -> None:
+        """The scheduler's connection is lost: nobody will seal it, each living process may still write."""
+        ticket.waiting = ticket.session.processes - ticket.done
+        ticket.since = now
+        self._unlist(ticket)
+        for n in ticket.slots:
+            ticket.space.slab.quarantine(n)
+
+    def own_again(self, ticket: WriteTicket) -> None:
+        """Its session came back and named it."""
+        ticket.waiting = None
+        slab = ticket.space.slab
+        for key, n in zip(ticket.keys, ticket.slots, strict=True):
+            slab.own_again(n)
+            ticket.space.writing.setdefault(key, ticket)
+
+    # --- recency ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def refresh(slab: SlabClass, request: Request, now: float) -> None:
+        """Move what the request has to the hot end, tail first, without counting it as another use."""
+        mine = request.living(slab)
+        depth = len(mine)
+        for n in reversed(mine):
+            depth -= 1
+            if slab.states[n] == SlotState.SEALED and not slab.extent_of(n).draining:
+                slab.eviction.refresh(n)
+                slab.used(n, now - depth * DEPTH_STEP_S)
+
+
+def _refuse_leases(states: bytes, slots: list[int], refused: set[int], *, prefix: bool) -> tuple[bytes, list[int]]:
+    """Turn the RAM states of refused slots into NO_ROOM; a leading run ends there."""
+    no_room = bytes([KeyState.NO_ROOM])
+    if prefix:
+        run = next(i for i, n in enumerate(slots) if n in refused)
+        return states[:run] + no_room, slots[:run]
+    each = iter(slots)
+    answer = bytes(KeyState.NO_ROOM if state == KeyState.RAM and next(each) in refused else state for state in states)
+    return answer, [n for n in slots if n not in refused]
