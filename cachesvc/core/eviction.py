@@ -17,8 +17,9 @@ joins the ghost ring of the same number::
 
 Rules that the caller's order of calls makes or breaks:
 
-- **Leaf first.** Touch a request's chunks, and insert a ticket's, tail first: the head of a prefix is then hotter than
-  anything behind it, and slots go in the order in which a tree would give up its leaves (LRU; ARC in each ring).
+- **Leaf first.** Touch what a request finds along one *trail*, insert what it stores and refresh it along the same: the
+  head of a prefix is then hotter than anything behind it, and slots go in the order in which a tree would give up its
+  leaves (LRU; ARC in each ring). The trail makes that O(1) a chunk, however long the prompt.
 - **Held** slots are *parked* when `evict` meets them: off their ring, still counted in it, not met again. The end of
   the last lease (`unpark`) puts them at the cold end in the order of release, so release a prefix head first. A touch
   or refresh of a parked slot puts it at the hot end at once (and a touch counts as a use): it is still sealed; if it
@@ -32,10 +33,10 @@ Rules that the caller's order of calls makes or breaks:
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
-from cachesvc.core.rings import FIRST, Columns, Held
+from cachesvc.core.rings import FIRST, Columns, Held, Trail, no_trail
 from cachesvc.types import Priority
 
 
@@ -110,6 +111,14 @@ class _Level:
     def is_ghost(self, digest: int) -> bool:
         return self._ghosts.find(digest) != 0
 
+    @property
+    def touched(self) -> int:
+        """The ring that a touch takes a slot to."""
+        raise NotImplementedError
+
+    def touch(self, slot: int) -> None:
+        self._slots.heat(slot + FIRST, self.touched)
+
     def __len__(self) -> int:
         return self._slots.counts[self._once] + self._slots.counts[self._again]
 
@@ -123,8 +132,9 @@ class Lru(_Level):
         if ghost:
             self._ghosts.forget(ghost)
 
-    def touch(self, slot: int) -> None:
-        self._slots.heat(slot + FIRST, self._once)
+    @property
+    def touched(self) -> int:
+        return self._once
 
     def evict(self, held: Held, spared: Container[int]) -> int | None:
         node = self._slots.take(self._once, held, spared)
@@ -190,8 +200,9 @@ class Arc(_Level):
         elif ring == self._again:
             self._target = max(0.0, min(slots, target) - max(1.0, once / again))
 
-    def touch(self, slot: int) -> None:
-        self._slots.heat(slot + FIRST, self._again)
+    @property
+    def touched(self) -> int:
+        return self._again
 
     def evict(self, held: Held, spared: Container[int]) -> int | None:
         slots = self._slots
@@ -259,16 +270,27 @@ class Eviction:
         self._levels = levels
         self._reach = tuple(levels[: level + 1] for level in range(len(levels)))
         """The priorities that an allocation of each priority may evict from, lowest first."""
+        self._touched = (0, *(level.touched for level in levels for _ in range(2)))
+        """Ring -> the ring that a touch takes a slot of it to."""
 
     def insert(self, slot: int, digest: int, priority: Priority) -> None:
         """A slot was sealed: it becomes the most recent of its priority. MUST not be tracked already."""
         self._levels[priority].insert(slot, digest)
 
     def touch(self, slot: int) -> None:
-        self._levels[(self._slots.ring_of(slot + FIRST) - 1) // 2].touch(slot)
+        self.touch_all((slot,), no_trail())
 
     def refresh(self, slot: int) -> None:
         self._slots.refresh(slot + FIRST)
+
+    def touch_all(self, slots: Sequence[int], trail: Trail) -> None:
+        """A new request wants these slots, in prefix order: each goes behind the one before it, the first behind
+        `trail`, or to the hot end if that is empty."""
+        self._slots.line_up([slot + FIRST for slot in slots], self._touched, trail)
+
+    def refresh_all(self, slots: Sequence[int], trail: Trail) -> None:
+        """The same for a request that has them already: no second use. Those that aren't tracked are passed over."""
+        self._slots.line_up([slot + FIRST for slot in slots], range(FIRST), trail)
 
     def remove(self, slot: int) -> None:
         self._slots.drop(slot + FIRST)
@@ -276,7 +298,7 @@ class Eviction:
     def evict(self, priority: Priority, held: Held, spared: Container[int]) -> int | None:
         """A victim for an allocation of `priority`: from the lowest priority that has one, never from a higher one."""
         for level in self._reach[priority]:
-            slot = level.evict(held, spared)
+            slot = level.evict(held, spared) if len(level) else None
             if slot is not None:
                 return slot
         return None

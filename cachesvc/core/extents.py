@@ -14,8 +14,8 @@ Rules (design §5): an active class without an extent gets one before any class 
 there are spares. Then extents move: the one whose hottest slots are coldest, one at a time per tenant, and only if the
 receiver evicts chunks younger than half the age of the donor's oldest. The factor makes it stable under even load:
 moving an extent from n to n-1 and m to m+1 changes the ages' ratio by less than 4 wherever the donor keeps at least one
-extent, so the opposite move can't be due right after it. Under uneven load two more rules do: what a class evicted before
-it got an extent says nothing of how it fares with it, and a class that got one rests before it gives one.
+extent, so the opposite move can't be due right after it. Under uneven load two more rules do: what a class evicted
+before it got an extent says nothing of how it fares with it, and a class that got one rests before it gives one.
 """
 
 from __future__ import annotations

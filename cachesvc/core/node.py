@@ -230,12 +230,16 @@ class Node:
         marks.flush(out)
 
     def _end_unnamed_writes(self, session: Session, event: ev.Hello, now: float, out: list[ev.Effect]) -> None:
-        """What a process doesn't name in its Hello it writes no more."""
+        """What a process doesn't name in its Hello it writes no more. What a scheduler doesn't name nobody writes: it
+        settled that ticket, or never got the slots (the message, or the reply, was lost with the connection)."""
         named = {claim.ticket for claim in event.writes}
         for ticket in list(session.writes.values()):
-            if ticket.waiting is not None and ticket.number not in named and event.process is not None:
-                ticket.waiting.discard(event.process)
-                self._settle_quarantined(ticket, now, out)
+            if ticket.waiting is None or ticket.number in named or event.process is None:
+                continue
+            if event.role is Role.SCHEDULER:
+                ticket.waiting.clear()
+            ticket.waiting.discard(event.process)
+            self._settle_quarantined(ticket, now, out)
 
     def _send_welcomes(self, now: float, out: list[ev.Effect]) -> None:
         waiting = []

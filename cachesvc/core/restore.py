@@ -52,14 +52,15 @@ class Restoration:
         keys, lengths = columns.keys, columns.lengths.tolist()
         last_use = columns.last_use
         slab.last_use[first : first + len(last_use)] = array("d", last_use.astype(np.float64).tobytes())
-        for slot in np.flatnonzero(columns.states == SlotState.SEALED).tolist():
-            space = spaces.get((columns.namespaces[slot], columns.groups[slot]))
+        namespaces, groups, sealed = columns.namespaces, columns.groups, int(SlotState.SEALED)
+        for slot in np.flatnonzero(columns.states == sealed).tolist():
+            space = spaces.get((namespaces[slot], groups[slot]))
             n = first + slot
             key = keys[slot]
             if space is None or key in space.sealed:
                 strangers.append(n)
                 continue
-            slab.states[n] = SlotState.SEALED
+            slab.states[n] = sealed
             slab.spaces[n] = space.number
             slab.keys[n] = key
             slab.lengths[n] = lengths[slot]
@@ -72,9 +73,9 @@ class Restoration:
             slab.rest(n, rests_until)
             marks.free(slab, n)
         marks.flush(out)
-        sealed = slab.states[first : first + slab.slots_per_extent].count(SlotState.SEALED)
-        slab.sealed_slots += sealed
-        self.chunks += sealed
+        chunks = slab.states[first : first + slab.slots_per_extent].count(sealed)
+        slab.sealed_slots += chunks
+        self.chunks += chunks
         self._extents.used[event.extent] = slab, extent
         self._extents.versions[event.tenant] += 1
 
@@ -102,12 +103,15 @@ class Restoration:
     def finish(self, now: float, grace_s: float) -> None:
         """Every table was read: give the policies their order, and let the grace time begin if anything came back."""
         for slab in self._extents.slabs.values():
-            sealed = [n for space in self._index.spaces.values() if space.slab is slab for n in space.sealed.values()]
-            spaces = self._index.spaces
-            for n in sorted(sealed, key=slab.last_use.__getitem__):
-                key = slab.keys[n]
-                if key is not None:
-                    slab.eviction.insert(n, spaces[slab.spaces[n]].digest(key), Priority.INTERACTIVE)
+            insert = slab.eviction.insert
+            digests = {
+                n: space.digest(key)
+                for space in self._index.spaces.values()
+                if space.slab is slab
+                for key, n in space.sealed.items()
+            }
+            for n in sorted(digests, key=slab.last_use.__getitem__):
+                insert(n, digests[n], Priority.INTERACTIVE)
         if self._extents.used:
             self.grace_until = now + grace_s
             for slab in self._extents.slabs.values():

@@ -14,7 +14,7 @@ is owned by one `core.eviction.Eviction`; nothing here depends on `hash()`, so t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from cachesvc.types import Priority
@@ -32,6 +32,14 @@ CHAIN_MAX: Final = 16
 ghosts, never time."""
 
 Held: TypeAlias = Callable[[int], bool]
+
+Trail: TypeAlias = list[int]
+"""For each ring the node that the next one of a line goes behind, 0 for none: where a request's chunks end."""
+
+
+def no_trail() -> Trail:
+    """The trail of a line that has nobody yet."""
+    return [0] * FIRST
 
 
 class Rings:
@@ -140,6 +148,31 @@ class SlotRings(Rings):
     def refresh(self, node: int) -> None:
         """Move a slot, parked or not, to the hot end of its ring."""
         self.heat(node, self.ring_of(node))
+
+    def line_up(self, nodes: Iterable[int], rings: Sequence[int], trail: Trail) -> None:
+        """Move slots, parked or not, one behind the other: each just colder than the last of its ring in `trail`, or to
+        the hot end if that is gone. A slot of ring r goes to `rings[r]`; one that isn't tracked is passed over."""
+        hotter, colder, where = self.hotter, self.colder, self.where
+        for node in nodes:
+            before = where[node]
+            ring = rings[before & RING]
+            leader = trail[ring]
+            if not ring or (leader == node and before == ring):
+                continue
+            if before != ring:
+                self._move(node, ring)
+            above, below = hotter[node], colder[node]
+            hotter[below] = above
+            colder[above] = below
+            if where[leader] != ring or leader == node:
+                leader = ring
+            below = colder[leader]
+            hotter[below] = node
+            colder[node] = below
+            hotter[node] = leader
+            colder[leader] = node
+            trail[ring] = node
+            self._all_spared[ring] = None
 
     def ring_of(self, node: int) -> int:
         """The ring of a slot, parked or not. The slot MUST be tracked."""

@@ -22,11 +22,12 @@ only for them, time (`quarantine_s`) stands in for a death.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from cachesvc.core.rings import Trail, no_trail
 from cachesvc.types import Priority
 
 if TYPE_CHECKING:
@@ -77,28 +78,53 @@ class LeaseTicket:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """What an engine's request has touched or stored, per class: slot number -> generation, in prefix order."""
+class Line:
+    """What a request has touched or stored in one class, in prefix order, and where that ends in the order of eviction:
+    what it has next goes behind."""
 
-    slots: dict[SlabClass, dict[int, int]] = field(default_factory=dict)
+    slab: SlabClass
+    slots: dict[int, bytes | None] = field(default_factory=dict)
+    """Slot number -> key, the very object that the class has: generations begin anew when an extent is used again."""
+    trail: Trail = field(default_factory=no_trail)
+    stamp: float = float("inf")
+    """At most this is the last use (seconds) of what comes next."""
+    refresh_at: float = float("-inf")
+    """When all of it is to be moved to the hot end again (seconds)."""
 
-    def note(self, slab: SlabClass, numbers: Sequence[int]) -> None:
-        """These slots belong to this request from now on (if they aren't too many)."""
-        mine = self.slots.setdefault(slab, {})
-        generations = slab.generations
+    def missing(self, numbers: Iterable[int | None]) -> list[int]:
+        """Those of the slots that it hasn't, or had when they held something else."""
+        mine, keys = self.slots.get, self.slab.keys
+        return [n for n in numbers if n is not None and mine(n) is not keys[n]]
+
+    def add(self, numbers: Sequence[int]) -> None:
+        """It has these, too, from now on, if they aren't too many."""
+        mine, keys = self.slots, self.slab.keys
         for n in islice(numbers, max(0, REQUEST_SLOTS_MAX - len(mine))):
-            mine[n] = generations[n]
+            mine.pop(n, None)
+            mine[n] = keys[n]
 
-    def living(self, slab: SlabClass) -> dict[int, int]:
-        """Its slots in one class that still hold what they held; the rest is forgotten."""
-        mine = self.slots.setdefault(slab, {})
-        generations = slab.generations
-        for n in [n for n, generation in mine.items() if generations[n] != generation]:
-            del mine[n]
-        return mine
+    def forget_stale(self) -> bool:
+        """Forget slots that hold something else by now; True if there were any. In a new dict: see `core.eviction`."""
+        before, keys = len(self.slots), self.slab.keys
+        self.slots = {n: key for n, key in self.slots.items() if keys[n] is key}
+        return len(self.slots) < before
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What an engine's request has, in each class."""
+
+    lines: dict[SlabClass, Line] = field(default_factory=dict)
+
+    def line(self, slab: SlabClass) -> Line:
+        """Its line in one class."""
+        line = self.lines.get(slab)
+        if line is None:
+            line = self.lines[slab] = Line(slab)
+        return line
 
     def __len__(self) -> int:
-        return sum(map(len, self.slots.values()))
+        return sum(len(line.slots) for line in self.lines.values())
 
 
 @dataclass(slots=True)
@@ -145,13 +171,13 @@ class Session:
             known = self.requests[number] = Request()
         return known
 
-    def note(self, request: Request, slab: SlabClass, numbers: Sequence[int]) -> None:
+    def note(self, line: Line, numbers: Sequence[int]) -> None:
         """These slots belong to one of its requests from now on."""
-        request.note(slab, numbers)
+        line.add(numbers)
         self.noted += len(numbers)
         if self.noted > REQUEST_SLOTS_PER_SESSION_MAX:
             self.noted = sum(map(len, self.requests.values()))
-            # to well below, so that this is rare; `request` itself is the last to go
+            # to well below, so that this is rare; the latest stays
             while self.noted > REQUEST_SLOTS_PER_SESSION_MAX // 2 and len(self.requests) > 1:
                 oldest = next(iter(self.requests))
                 self.noted -= len(self.requests.pop(oldest))

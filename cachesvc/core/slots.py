@@ -29,7 +29,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,6 +39,9 @@ from numpy.typing import NDArray
 from cachesvc.core.eviction import Eviction, make_eviction
 
 REUSE_DELAY_S: Final = 1.0
+
+DEPTH_STEP_S: Final = 1e-6
+"""Chunks used at one moment get last-use times this far apart, deeper = older: a restart keeps the order leaf first."""
 
 
 class SlotState(enum.IntEnum):
@@ -89,7 +92,8 @@ class SlabClass:
         self.coming = 0
         """Extents being formatted for this class."""
         self.evicted_at = float("-inf")
-        """When this class last evicted a chunk for want of room, and when that chunk had last been used."""
+        """When this class last evicted a chunk for want of room, or found all in use, and when that chunk had last been
+        used: now, if it is in use."""
         self.evicted_last_use = float("-inf")
         self.received_at = float("-inf")
         """When it last got an extent of another class."""
@@ -196,6 +200,7 @@ class SlabClass:
         """SEALED -> WRITING for an evicted, untainted slot, its generation raised."""
         self._check_unheld(n)
         self.sealed_slots -= 1
+        self.keys[n] = None
         self.generations[n] += 1
         self.states[n] = SlotState.WRITING
         self.extent_of(n).busy += 1
@@ -294,13 +299,19 @@ class SlabClass:
 
     # --- recency ----------------------------------------------------------------------------------------------------
 
-    def used(self, n: int, when: float) -> None:
-        """Note that slot `n` was used at `when` (seconds)."""
-        self.last_use[n] = when
-        extent = self.extent_of(n)
-        extent.dirty = True
-        if when > extent.hottest:
-            extent.hottest = when
+    def used(self, numbers: Sequence[int], when: float) -> float:
+        """Note that these slots, in prefix order, were used, the first at `when` (seconds); the time for a next one."""
+        last_use = self.last_use
+        stamp = when
+        for n in numbers:
+            last_use[n] = stamp
+            stamp -= DEPTH_STEP_S
+        per = self.slots_per_extent
+        for ordinal in {n // per for n in numbers}:
+            extent = self.extent_of(ordinal * per)
+            extent.dirty = True
+            extent.hottest = max(extent.hottest, when)
+        return stamp
 
     def oldest_use(self) -> float | None:
         """When the chunk that would go next was last used; None if nothing can go."""

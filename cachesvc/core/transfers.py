@@ -14,22 +14,25 @@ from typing import Final
 
 from cachesvc.core.events import Effect, MarkFree, MarkSealed, MarkWriting, SlotRun
 from cachesvc.core.index import Index, Space
+from cachesvc.core.rings import no_trail
 from cachesvc.core.sessions import (
     LEASED_KEYS_PER_SESSION_MAX,
     LeaseTicket,
-    Request,
+    Line,
     Session,
     Sessions,
     WriteTicket,
 )
-from cachesvc.core.slots import SlabClass, SlotState
-from cachesvc.types import AllocateState, KeyState
+from cachesvc.core.slots import SlabClass
+from cachesvc.types import AllocateState, KeyState, Priority
 
 TAINTED_PASSED_MAX: Final = 16
 """Chunks whose slots must rest first that the search for one slot throws away; beyond it the key says RETRY."""
 
-DEPTH_STEP_S: Final = 1e-6
-"""Chunks used at one moment get last-use times this far apart, deeper = older: a restart keeps the order leaf first."""
+REFRESH_S: Final = 1.0
+REFRESH_SLOT_S: Final = 1e-3
+"""An allocation moves what its request has to the hot end again this long (plus this long a slot) after it arrived or
+was moved: that costs 1 us a slot, and the order among them is right without."""
 
 _RAM = bytes([KeyState.RAM])
 
@@ -99,23 +102,14 @@ class Transfers:
         return bytes([absent(key) if n is None else ram for key, n in zip(keys, found, strict=True)]), found
 
     def arrive(self, session: Session, space: Space, number: int, found: Sequence[int | None], now: float) -> None:
-        """The arrival of a request: each resident chunk of it is touched once, the deepest first: it is to go first.
+        """The arrival of a request: each resident chunk of it is touched once, deepest coldest: that is to go first.
 
-        A later batch of the same request touches what the earlier ones didn't have, then the request is put in order.
+        A later batch of the same request touches what the earlier ones didn't have, and goes behind them.
         """
-        slab = space.slab
-        request = session.request(number)
-        mine = request.living(slab)
-        later_batch = bool(mine)
-        touch, used = slab.eviction.touch, slab.used
-        for depth in range(len(found) - 1, -1, -1):
-            n = found[depth]
-            if n is not None and n not in mine:
-                touch(n)
-                used(n, now - depth * DEPTH_STEP_S)
-        session.note(request, slab, [n for n in found if n is not None])
-        if later_batch:
-            self.refresh(slab, request, now)
+        line = session.request(number).line(space.slab)
+        slots = line.missing(found)
+        space.slab.eviction.touch_all(slots, line.trail)
+        self._follow(session, line, slots, now)
 
     @staticmethod
     def count(space: Space, states: bytes, keys: int) -> None:
@@ -202,11 +196,13 @@ class Transfers:
         """
         session, space = ticket.session, ticket.space
         slab = space.slab
-        request = session.request(ticket.request)
-        self.refresh(slab, request, now)
+        line = session.request(ticket.request).line(slab)
+        if now >= line.refresh_at:
+            self._refresh(line, now)
         # all of them before the first slot is sought: none may be evicted for another
-        session.note(request, slab, [n for n in map(space.sealed.get, keys) if n is not None])
+        session.note(line, line.missing(map(space.sealed.get, keys)))
         marks = Marks()
+        may_evict = self.may_evict and not self._more_soon(slab)
         room = self.sessions.room(session, slab, session.holding(slab).writing)
         states = bytearray()
         closed: AllocateState | None = None
@@ -221,7 +217,9 @@ class Transfers:
             if closed is None and len(ticket.slots) >= room:
                 closed = AllocateState.RETRY
             elif closed is None:
-                n = self._slot(slab, ticket, request, now, marks)
+                n = slab.take_free(now)
+                if n is None and may_evict:
+                    n = self._evict(line, ticket, now, marks)
             if n is None:
                 closed = closed or self._why_no_slot(slab)
                 states.append(closed)
@@ -239,14 +237,17 @@ class Transfers:
             out.append(MarkWriting(extent, slots, generations_of(slab, some)))
         return bytes(states)
 
-    def _slot(self, slab: SlabClass, ticket: WriteTicket, request: Request, now: float, marks: Marks) -> int | None:
-        n = slab.take_free(now)
-        if n is not None or not self.may_evict or self._more_soon(slab):
-            return n
-        spared = request.slots[slab]
+    def _evict(self, line: Line, ticket: WriteTicket, now: float, marks: Marks) -> int | None:
+        """Take a slot from the chunk that is to go first, but not from the ticket's own request."""
+        slab = line.slab
         for _ in range(TAINTED_PASSED_MAX + 1):
-            n = slab.eviction.evict(ticket.priority, slab.leased, spared)
+            n = slab.eviction.evict(ticket.priority, slab.leased, line.slots)
+            if n is None and line.forget_stale():
+                n = slab.eviction.evict(ticket.priority, slab.leased, line.slots)
             if n is None:
+                if ticket.priority is Priority.INTERACTIVE:
+                    # all is in use: that is pressure too, else a class of nothing but leases would never get more
+                    slab.evicted_at = slab.evicted_last_use = now
                 return None
             self.index.forget_slot(slab, n).namespace.counts.evictions += 1
             slab.evicted_at, slab.evicted_last_use = now, slab.last_use[n]
@@ -282,14 +283,12 @@ class Transfers:
         counts.stored_bytes += sum(length for _, length in kept.values())
         space.new = space.new and not kept
         numbers = list(kept)
-        for depth in range(len(numbers) - 1, -1, -1):
-            n = numbers[depth]
+        for n in reversed(numbers):
             slab.eviction.insert(n, space.digest(kept[n][0]), ticket.priority)
-            slab.used(n, now - depth * DEPTH_STEP_S)
         request = session.requests.get(ticket.request)
-        if request is not None:
-            session.note(request, slab, numbers)
-            self.refresh(slab, request, now)
+        line = Line(slab) if request is None else request.line(slab)
+        slab.eviction.refresh_all(numbers, line.trail)
+        self._follow(session, line, numbers, now)
         for extent, slots, some in by_extent(slab, numbers):
             keys, sizes = zip(*[kept[n] for n in some], strict=True)
             generations = generations_of(slab, some)
@@ -338,15 +337,22 @@ class Transfers:
     # --- recency ----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def refresh(slab: SlabClass, request: Request, now: float) -> None:
-        """Move what the request has to the hot end, tail first, without counting it as another use."""
-        mine = request.living(slab)
-        depth = len(mine)
-        for n in reversed(mine):
-            depth -= 1
-            if slab.states[n] == SlotState.SEALED and not slab.extent_of(n).draining:
-                slab.eviction.refresh(n)
-                slab.used(n, now - depth * DEPTH_STEP_S)
+    def _follow(session: Session, line: Line, slots: list[int], now: float) -> None:
+        """A request has these slots, too, and they stand behind what it had."""
+        if not line.slots:
+            line.refresh_at = now + REFRESH_S + len(slots) * REFRESH_SLOT_S
+        line.stamp = line.slab.used(slots, min(now, line.stamp))
+        session.note(line, slots)
+
+    @staticmethod
+    def _refresh(line: Line, now: float) -> None:
+        """Move what a request has to the hot end, without counting it as another use."""
+        line.forget_stale()
+        slots = list(line.slots)
+        line.trail = no_trail()
+        line.slab.eviction.refresh_all(slots, line.trail)
+        line.stamp = line.slab.used(slots, now)
+        line.refresh_at = now + REFRESH_S + len(slots) * REFRESH_SLOT_S
 
 
 def _refuse_leases(states: bytes, slots: list[int], refused: set[int], *, prefix: bool) -> tuple[bytes, list[int]]:

@@ -219,6 +219,21 @@ def test_a_connected_class_keeps_its_last_extent() -> None:
     assert sizes(d) == {CHUNK: 0, LARGE: 2}, "nobody is there for the other one"
 
 
+def test_a_class_that_has_nothing_but_leases_is_under_pressure() -> None:
+    """It has nothing to evict, so its evictions can't show that it lacks room."""
+    d = two_classes()
+    second(d)
+    assert d.store(2, keys(PER // 2)) == [NEW] * (PER // 2)
+    d.lease(2, 5, keys(PER // 2))
+    d.now += 0.1
+    assert d.store(2, keys(1, 50)) == [NO_ROOM], "at once, whatever will come"
+    d.after(0.25)
+    assert sizes(d) == {CHUNK: 2, LARGE: 2}
+    assert d.store(2, keys(1, 50)) == [NEW]
+    d.after(0.25)
+    assert sizes(d) == {CHUNK: 2, LARGE: 2}
+
+
 @pytest.mark.parametrize("eviction", ["lru", "arc"])
 def test_two_classes_under_load_both_get_space_and_nothing_ping_pongs(eviction: str) -> None:
     d = Driven(4, eviction=eviction)

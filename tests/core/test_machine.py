@@ -1,8 +1,8 @@
 """The node against an oracle: any order of events that clients, disks and crashes can make, bytes included.
 
-The oracle knows what no node knows: which process may still write where, who reads what, and which bytes lie in each page.
-It holds that a sealed slot has the bytes of its key, that a lease of the living is never taken, that bytes of the dead
-and the unmapped come back, that a tainted slot rests. Not here: sizes of real life, seeds (`tests.sim`).
+The oracle knows what no node knows: which process may still write where, who reads what, and which bytes lie in each
+page. It holds that a sealed slot has the bytes of its key, that a lease of the living is never taken, that bytes of the
+dead and the unmapped come back, that a tainted slot rests. Not here: sizes of real life, seeds (`tests.sim`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ENGINES = [
     ("u", b"namespace-number", (2 * CHUNK,)),
 ]
 NAMED_WITHIN_S = 5.0
+QUARANTINE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Process:
     connection: int | None = None
     jobs: set[int] = field(default_factory=set)
     """Write tickets whose slots it may still write."""
+    known: bool = True
+    """The node that runs now has seen it."""
 
 
 @dataclass
@@ -101,8 +104,8 @@ class World(Tables):
         self.pages: dict[tuple[int, int], tuple[str, bytes, int, bytes]] = {}
         self.tainted: set[tuple[int, int]] = set()
         self.freed: dict[tuple[int, int], float] = {}
-        self.mapped: dict[int, set[int]] = {}
-        """Data file -> processes."""
+        self.mapped: dict[int, set[tuple[int, int]]] = {}
+        """Data file -> (process, extent number that it knows it by)."""
 
     def places(self, run: ev.SlotRun) -> list[Place]:
         found = []
@@ -213,7 +216,7 @@ class NodeMachine(RuleBasedStateMachine):
             self.hello(self.engines[which], process)
 
     def hello(self, engine: Engine, process: Process) -> None:
-        process.connection = self.number()
+        process.connection, process.known = self.number(), True
         leases: tuple[ev.LeaseClaim, ...] = ()
         if process.role is Role.SCHEDULER:
             for number, held in list(engine.leases.items()):
@@ -252,6 +255,8 @@ class NodeMachine(RuleBasedStateMachine):
                 held.sure = number in welcome.leases_kept
                 if not held.sure:
                     del engine.leases[number]
+            for number in welcome.writes_kept:
+                engine.writes[number].sure = True
             for number in sorted(process.jobs - set(welcome.writes_kept)):
                 process.jobs.remove(number)
                 engine.ours.discard(number)
@@ -274,8 +279,8 @@ class NodeMachine(RuleBasedStateMachine):
             return
         process = engine.processes.pop(n % len(engine.processes))
         connection = process.connection
-        for holders in self.world.mapped.values():
-            holders.discard(process.number)
+        for data, holders in self.world.mapped.items():
+            self.world.mapped[data] = {holder for holder in holders if holder[0] != process.number}
         if process.role is Role.SCHEDULER:
             engine.ours.clear()
         if not engine.processes:
@@ -459,8 +464,16 @@ class NodeMachine(RuleBasedStateMachine):
         for process in engine.processes:
             if process.connection is not None and extents:
                 for number in extents:
-                    self.world.mapped.setdefault(self.world.data[number], set()).add(process.number)
+                    self.world.mapped.setdefault(self.world.data[number], set()).add((process.number, number))
                 self.do(ev.ExtentsMapped(process.number, extents))
+
+    @rule(n=small)
+    def unmap(self, n: int) -> None:
+        held = [(data, holder) for data, holders in self.world.mapped.items() for holder in sorted(holders)]
+        if held:
+            data, (process, number) = held[n % len(held)]
+            self.world.mapped[data].remove((process, number))
+            self.do(ev.ExtentsUnmapped(process, (number,)))
 
     @rule(n=small, now=seldom)
     def damage(self, n: int, now: bool) -> None:
@@ -475,10 +488,20 @@ class NodeMachine(RuleBasedStateMachine):
         if self.d.now >= self.restarted_at + NAMED_WITHIN_S:
             for engine in self.engines:
                 engine.leases = {number: held for number, held in engine.leases.items() if held.sure}
+        if self.d.now >= self.restarted_at + QUARANTINE_S:
+            self.give_up_what_nobody_named()
+
+    def give_up_what_nobody_named(self) -> None:
+        """The one case where time frees a slot whose writer had a pidfd."""
+        for engine, process, number in list(self.writers()):
+            if not (engine.writes[number].sure and process.known):
+                process.jobs.remove(number)
+                if process.role is Role.SCHEDULER:
+                    engine.ours.discard(number)
 
     @rule(after=st.sampled_from([0.1, 1.0, 20.0]), now=seldom)
     def restart(self, after: float, now: bool) -> None:
-        """kill -9 of the daemon: connections and jobs are gone."""
+        """The daemon is killed: connections and jobs are gone."""
         if not now:
             return
         self.d = self.d.restarted(after)
@@ -487,8 +510,8 @@ class NodeMachine(RuleBasedStateMachine):
         self.world.tainted.clear()
         for engine in self.engines:
             for process in engine.processes:
-                process.connection = None
-            for held in engine.leases.values():
+                process.connection, process.known = None, False
+            for held in (*engine.leases.values(), *engine.writes.values()):
                 held.sure = False
 
     # --- what always holds ------------------------------------------------------------------------------------------

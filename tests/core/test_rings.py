@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachesvc.core.rings import CHAIN_MAX, FIRST, Columns, Ghosts, SlotRings
+from cachesvc.core.rings import CHAIN_MAX, FIRST, Columns, Ghosts, SlotRings, no_trail
 
 ONCE, AGAIN = 1, 2
 
@@ -259,3 +259,84 @@ def test_slots_beyond_the_capacity_are_forgotten() -> None:
     columns.resize(4)
     columns.slots.insert(3 + FIRST, ONCE, 3)
     assert order(columns.slots) == [0, 1, 3]
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+SAME = range(FIRST)
+TOUCHED = (0, AGAIN, AGAIN, 4, 4)
+
+
+def nodes(*slots: int) -> list[int]:
+    return [slot + FIRST for slot in slots]
+
+
+def test_a_line_stands_one_behind_the_other_from_the_hot_end() -> None:
+    rings = ring_of_slots(6)
+    trail = no_trail()
+    rings.line_up(nodes(4, 1, 3), SAME, trail)
+    assert (order(rings), trail[ONCE]) == ([0, 2, 5, 3, 1, 4], 3 + FIRST)
+    rings.refresh(0 + FIRST)
+    rings.line_up(nodes(5, 2), SAME, trail)
+    assert order(rings) == [2, 5, 3, 1, 4, 0], "what follows goes behind the trail, not to the hot end"
+    rings.line_up(nodes(2, 2), SAME, trail)
+    assert order(rings) == [2, 5, 3, 1, 4, 0]
+
+
+def test_a_line_in_two_rings_has_two_ends() -> None:
+    rings = ring_of_slots(6)
+    trail = no_trail()
+    rings.line_up(nodes(1, 2), TOUCHED, trail)
+    assert (order(rings, ONCE), order(rings, AGAIN)) == ([0, 3, 4, 5], [2, 1])
+    rings.line_up(nodes(4, 1, 3), SAME, trail)
+    assert (order(rings, ONCE), order(rings, AGAIN)) == ([0, 5, 3, 4], [1, 2])
+    assert (trail[ONCE], trail[AGAIN]) == (3 + FIRST, 1 + FIRST)
+
+
+@pytest.mark.parametrize("gone", ["dropped", "parked", "in another ring"])
+def test_a_line_whose_end_is_gone_goes_on_at_the_hot_end(gone: str) -> None:
+    rings = ring_of_slots(5)
+    trail = no_trail()
+    rings.line_up(nodes(1, 0), SAME, trail)
+    if gone == "dropped":
+        rings.drop(0 + FIRST)
+    elif gone == "parked":
+        rings.park(0 + FIRST)
+    else:
+        rings.heat(0 + FIRST, AGAIN)
+    rings.line_up(nodes(2, 3), SAME, trail)
+    assert [slot for slot in order(rings) if slot] == [4, 1, 3, 2]
+
+
+def test_a_line_takes_up_parked_slots_and_passes_over_what_is_not_tracked() -> None:
+    rings = ring_of_slots(4)
+    trail = no_trail()
+    rings.line_up(nodes(3), SAME, trail)
+    rings.park(3 + FIRST)
+    rings.drop(1 + FIRST)
+    rings.line_up(nodes(1, 3, 0), SAME, trail)
+    assert (order(rings), rings.counts[ONCE]) == ([2, 0, 3], 3)
+
+
+def test_a_line_ends_the_memory_of_a_ring_that_was_all_spared() -> None:
+    rings = ring_of_slots(3)
+    spared = {0, 1, 2}
+    assert rings.take(ONCE, free, spared) == 0
+    spared.remove(1)
+    assert rings.take(ONCE, free, spared) == 0, "remembered"
+    rings.line_up(nodes(2), SAME, no_trail())
+    assert rings.take(ONCE, free, spared) == 1 + FIRST
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 11), max_size=6)), max_size=12))
+def test_lines_never_break_a_ring(steps: list[tuple[bool, list[int]]]) -> None:
+    rings = ring_of_slots(12)
+    trails = [no_trail(), no_trail()]
+    for turn, (touched, slots) in enumerate(steps):
+        rings.line_up(nodes(*slots), TOUCHED if touched else SAME, trails[turn % 2])
+        found = [*order(rings, ONCE), *order(rings, AGAIN)]
+        assert sorted(found) == list(range(12))
+        last = [slot for slot in slots if slots.count(slot) == 1]
+        for ring in (ONCE, AGAIN):
+            placed = [slot for slot in order(rings, ring)[::-1] if slot in last]
+            assert placed == [slot for slot in last if slot in placed], "the first is the hottest"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cachesvc.core.slots import REUSE_DELAY_S, Extent, SlabClass, SlotState
+from cachesvc.core.slots import DEPTH_STEP_S, REUSE_DELAY_S, Extent, SlabClass, SlotState
 from cachesvc.types import Priority
 
 PER = 4
@@ -29,7 +29,7 @@ def sealed(s: SlabClass, count: int, now: float = 1.0) -> list[int]:
         assert n is not None
         s.seal(n, 7, b"key%d" % n, 10)
         s.eviction.insert(n, n + 1, Priority.INTERACTIVE)
-        s.used(n, now)
+        s.used([n], now)
         numbers.append(n)
     s.check_invariants()
     return numbers
@@ -173,10 +173,12 @@ def test_recency() -> None:
     s = slab()
     assert s.oldest_use() is None
     n, m = sealed(s, 2, now=3.0)
-    s.used(m, 4.0)
-    s.used(m, 3.5)
-    assert (list(s.last_use)[:2], s.extent_of(n).hottest, s.extent_of(n).dirty) == ([3.0, 3.5], 4.0, True)
-    assert s.oldest_use() == 3.0
+    assert s.used([m, n], 4.0) == pytest.approx(4.0 - 2 * DEPTH_STEP_S)
+    assert list(s.last_use)[:2] == [4.0 - DEPTH_STEP_S, 4.0], "the deeper, the older"
+    s.used([m], 3.5)
+    assert (s.last_use[m], s.extent_of(n).hottest, s.extent_of(n).dirty) == (3.5, 4.0, True)
+    assert s.oldest_use() == 4.0 - DEPTH_STEP_S
+    assert s.used([], 9.0) == 9.0
 
 
 def wrong_arrows() -> list[tuple[str, Callable[[SlabClass, int], object]]]:

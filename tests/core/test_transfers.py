@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from cachesvc.core import events as ev
 from cachesvc.core import transfers
-from cachesvc.core.rings import FIRST
+from cachesvc.core.rings import FIRST, SlotRings, Trail
 from cachesvc.core.slots import REUSE_DELAY_S
 from cachesvc.core.transfers import Marks, by_extent, generations_of, slot_run
 from cachesvc.types import KeyState, Priority, Role
@@ -449,6 +451,64 @@ def test_a_touch_in_batches_is_one_touch_of_the_whole(eviction: str) -> None:
     for batch in range(4):
         arrive(d, keys(2, 2 * batch), 7)
     assert coldest_first(d) == keys(PER)[::-1]
+
+
+def test_a_long_prompt_costs_no_more_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step moves its own chunks; all of them together only now and then."""
+    moved = 0
+    line_up = SlotRings.line_up
+
+    def counted(self: SlotRings, nodes: list[int], rings: Sequence[int], trail: Trail) -> None:
+        nonlocal moved
+        moved += len(nodes)
+        line_up(self, nodes, rings, trail)
+
+    monkeypatch.setattr(SlotRings, "line_up", counted)
+    d = Driven(16)
+    d.hello(1)
+    for step in range(60):
+        d.now += 0.01
+        assert d.store(1, keys(2, 2 * step), request=5) == [NEW] * 2
+    assert moved == 120
+    d.now += 1.1
+    d.store(1, keys(2, 120), request=5)
+    assert moved == 120 + 120 + 2
+    d.lookup(1, keys(60), request=6, touch=True)
+    d.lookup(1, keys(62, 60), request=6, touch=True)
+    assert moved == 242 + 122
+    assert coldest_first(d) == keys(122)[::-1]
+
+
+def test_a_request_that_goes_on_is_hot_again() -> None:
+    d = one_extent(eviction="lru")
+    d.store(1, keys(2), request=5)
+    d.store(1, keys(4, 50))
+    d.now += 1.1
+    d.store(1, keys(1, 2), request=5)
+    assert coldest_first(d) == [*keys(4, 50)[::-1], *keys(3)[::-1]]
+
+
+def test_stale_slots_of_a_request_protect_nobody() -> None:
+    """What it had was evicted for others: their chunks in the same slots aren't its own."""
+    d = one_extent(eviction="lru")
+    d.store(1, keys(PER), request=5)
+    d.store(1, keys(PER, 50), request=6)
+    d.do(ev.EndRequests(1, (6,)))
+    assert d.store(1, keys(3, 100), request=5) == [NEW] * 3
+
+
+def test_a_request_outlives_its_extent() -> None:
+    """Generations of the next extent in its place begin anew: they say nothing."""
+    d = one_extent()
+    d.store(1, keys(PER), request=5)
+    d.do(ev.ExtentDamaged(d.extents()[0].number, "truncated"))
+    d.now += 10.0
+    assert d.store(1, keys(PER, 50)) == [NEW] * PER
+    assert d.store(1, keys(2, 100), request=5) == [NEW] * 2, "none of what is there is its own"
+    d.auto = False
+    d.do(ev.ExtentDamaged(d.extents()[0].number, "truncated"))
+    d.now += 10.0
+    assert d.store(1, keys(1, 200), request=5) == [RETRY]
 
 
 def test_a_request_touches_once() -> None:
