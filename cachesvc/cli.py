@@ -31,17 +31,24 @@ if TYPE_CHECKING:
 ANSWER_S: Final = 10.0
 
 app = typer.Typer(
-    help="One cache service per GPU node.",
+    help="One cache service per GPU node: KV-cache chunks in shared memory.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-namespaces_app = typer.Typer(help="What shares chunks with what.", invoke_without_command=True, rich_markup_mode=None)
+namespaces_app = typer.Typer(
+    help="List the namespaces; `diff` says why two share nothing.", invoke_without_command=True, rich_markup_mode=None
+)
 app.add_typer(namespaces_app, name="namespaces")
 
 Socket = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="The daemon's socket (default: as a client finds it).")
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="A tenant's socket, or the admin socket, which sees every tenant (default: the admin socket if it is "
+        "yours, else the one that a client opens; $CACHESVC_ADDRESS leads to both).",
+    ),
 ]
 
 
@@ -60,15 +67,37 @@ def one_line() -> Iterator[None]:
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML; flags override it.")] = None,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="The cache on disk.")] = None,
-    state_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Bookkeeping of the arena, and the lock.")
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings in YAML, as in README.md; flags override it.")
     ] = None,
-    socket: Annotated[Path | None, typer.Option(metavar="PATH", help="The socket of the only tenant.")] = None,
-    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Size of the arena, like 8GiB.")] = None,
-    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Metrics and status; off = none.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the sockets are.")] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The cache on disk (default: /var/lib/cachesvc, not root: $XDG_DATA_HOME/cachesvc)."
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Bookkeeping of the arena, and the lock (default: `state` in the root)."),
+    ] = None,
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The socket, if there is one tenant (default: <run dir>/<tenant>/cachesvc.sock)."
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Size of the arena, like 8GiB (default: 4GiB).")
+    ] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Metrics and status (default: 127.0.0.1:8765; off: none).")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the sockets are (default: /run/cachesvc, not root: $XDG_RUNTIME_DIR/cachesvc)."
+        ),
+    ] = None,
 ) -> None:
     """Run the daemon of this node until SIGTERM."""
     flags = {
@@ -103,7 +132,7 @@ def _admin(view: View, http: Http, stopping: threading.Event) -> None:
 def ask(what: str, path: Path | None) -> bytes:
     """The answer of the daemon at `path` (None = the admin socket if it may be used, else a client's), JSON.
 
-    OperatorError if nobody answers.
+    OperatorError if nobody answers, or the daemon refuses to.
     """
     where = path or default_socket()
     try:
@@ -142,8 +171,9 @@ def _exchange(connection: socket.socket, what: str) -> bytes:
             reply = decode_control_reply(payload)
             if isinstance(reply, Report):
                 return reply.body
-            reason = reply.detail if isinstance(reply, Refused) else f"an unexpected {type(reply).__name__}"
-            raise ProtocolError(reason)
+            if isinstance(reply, Refused):
+                raise OperatorError(f"the daemon refuses: {reply.detail}")
+            raise ProtocolError(f"an unexpected {type(reply).__name__}")
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -165,13 +195,13 @@ def status(
     console = Console()
     answer = json.loads(body)
     if "arena" in answer:
-        console.print(_arena_line(answer))
+        console.print(_arena_lines(answer), soft_wrap=True)
     for name, tenant in answer["tenants"].items():
         console.print(_tenant_table(name, tenant))
-        console.print(_tenant_line(tenant), highlight=False)
+        console.print(_tenant_line(tenant), highlight=False, soft_wrap=True)
 
 
-def _arena_line(answer: dict[str, Any]) -> str:
+def _arena_lines(answer: dict[str, Any]) -> str:
     arena, daemon = answer["arena"], answer["daemon"]
     extents = ", ".join(f"{n} {state}" for state, n in arena["extents"].items() if n and state != "total")
     lines = [
@@ -180,6 +210,8 @@ def _arena_line(answer: dict[str, Any]) -> str:
         f"up {daemon['uptime_s']:.0f} s, {daemon['connections']} connections, {daemon['processes']} processes, "
         f"{answer['restart']['chunks_restored']} chunks restored at start",
     ]
+    if answer["restart"]["grace"]:
+        lines.append("restarted a moment ago: until its clients are back nothing is evicted")
     if daemon["problems"]:
         lines.append("problems: " + ", ".join(f"{n} {name}" for name, n in daemon["problems"].items()))
     return "\n".join(lines)
@@ -202,7 +234,7 @@ def _tenant_line(tenant: dict[str, Any]) -> str:
     return (
         f"{tenant['sessions']} sessions, {tenant['namespaces_total']} namespaces, {tenant['leases']} leases; "
         f"{counts['hits']} hits, {sum(counts['misses'].values())} misses{f' ({misses})' if misses else ''}, "
-        f"{counts['stores']} stores, {counts['evictions']} evictions"
+        f"{counts['stores']} stores, {counts['refused']} refused, {counts['evictions']} evictions"
     )
 
 
@@ -231,10 +263,10 @@ def namespaces(context: typer.Context, socket: Socket = None) -> None:
 def diff(
     context: typer.Context,
     a: Annotated[str, typer.Argument(metavar="A", help="A label, or the first hex digits.")],
-    b: Annotated[str, typer.Argument(metavar="B")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     socket: Socket = None,
 ) -> None:
-    """Say why two namespaces don't share chunks: the components that differ."""
+    """Say in which components two namespaces differ."""
     with one_line():
         known = json.loads(ask("namespaces", socket or context.obj))["namespaces"]
         first, second = find(known, a), find(known, b)

@@ -285,8 +285,11 @@ def effective(config: Config) -> str:
         "eviction": config.eviction,
         "http": {"address": config.http.address if config.http else "off"},
     }
-    sockets = [f"# socket of tenant {t.name}: {config.socket_path(t.name)}\n" for t in config.tenants]
-    return yaml.safe_dump(settings, sort_keys=False) + "".join(sockets) + f"# admin socket: {config.admin_socket}\n"
+    notes = [f"# socket of tenant {t.name}: {config.socket_path(t.name)}\n" for t in config.tenants]
+    if config.extent_bytes is None:
+        size = format_size(default_extent_bytes(config.ram_bytes))
+        notes.insert(0, f"# extent_bytes of a new arena: {size}; one that exists keeps its own\n")
+    return yaml.safe_dump(settings, sort_keys=False) + "".join(notes) + f"# admin socket: {config.admin_socket}\n"
 
 
 def _read_file(path: Path) -> dict[str, object]:

@@ -5,7 +5,8 @@ here: the counting (`core.index`, `daemon.runner`), the HTTP endpoint (`admin.ap
 
 `prometheus_client` is imported in functions that only the daemon's admin thread calls: neither an engine nor the
 daemon's start pays for it. Names are a contract with dashboards: prefix `cachesvc_`, units last, labels `tier`,
-`tenant`, `reason`, `namespace` (its first 12 hex digits; at most `NAMESPACE_SERIES_MAX`, the rest is `other`).
+`tenant`, `reason`, `namespace` (its first 12 hex digits; at most `NAMESPACE_SERIES_MAX`, the rest is `other`), and each
+on its own metric `state`, `slot_bytes`, `call`.
 """
 
 from __future__ import annotations

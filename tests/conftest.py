@@ -1,9 +1,15 @@
-"""What every test run shares: how hypothesis searches. Fakes and helpers are in `tests.support`."""
+"""What every test run shares: how hypothesis searches, how many worlds are simulated. Helpers are in `tests.support`."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 # Time is only a guard against hanging (pytest's own timeout), and a failure prints what replays it.
 settings.register_profile("cachesvc", deadline=None, print_blob=True)
 settings.load_profile("cachesvc")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sim-seeds", type=int, default=200, help="how many random worlds tests/sim runs")
+    parser.addoption("--sim-first", type=int, default=0, help="the seed of the first of them")

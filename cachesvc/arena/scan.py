@@ -1,7 +1,7 @@
 """What a start finds in the arena's directory: what can be used goes on, the rest is unlinked, each with its reason.
 
-Covers: telling spares, extents and leftovers apart, checking headers, reading tables. Not here: how files get their
-names (`arena.files`), what is done with what was found (`core.restore`).
+Covers: telling spares, extents and leftovers apart, checking headers. Not here: how files get their names
+(`arena.files`), reading the entries of a table (`arena.layout`), what is done with what was found (`core.restore`).
 
     found                                          becomes
     .spare, whole                                  a spare
@@ -32,7 +32,7 @@ _NAME: Final = re.compile(rf"extent-(\d{{8,19}})\.({SPARE}|{DATA}|{TABLE})({re.e
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Result of `find_extents`: numbers of spares, headers of extents, one line for each file dropped."""
+    """Result of `find_extents`: numbers of spares, headers of extents, a line for each dropped or left alone."""
 
     spares: tuple[int, ...]
     headers: tuple[Header, ...]

@@ -212,7 +212,7 @@ class Channel:
                 return
             self._connection = connection
             self._rise()
-        self.tell(Release, ())
+        self.tell(Release, ())  # says nothing itself: who gives up the lock sends what has waited
 
     def revive(self, wait_s: float) -> None:
         """In DOWN: tell the old connection what was to be told, ping it, wait a while for the answer: UP if it came.
@@ -231,7 +231,7 @@ class Channel:
                     self._drop(f"the daemon said nothing for {REVIVE_S} s")
             except (OSError, ProtocolError) as error:
                 self._drop(str(error))
-        self.tell(Release, ())
+        self.tell(Release, ())  # as in `install`
 
     def tend(self) -> None:
         """In UP: hear what came, ping a connection that is silent, fall if it stays so. Never waits."""
@@ -284,7 +284,7 @@ class Channel:
     # --- with the lock held -----------------------------------------------------------------------------------------
 
     def hear(self, reply: ControlReply) -> None:
-        """Every reply of every connection passes here."""
+        """Every reply of every connection passes here, Welcome too, when nobody else uses the connection yet."""
         self._heard_at = time.monotonic()
         version = getattr(reply, "extents_version", None)
         if version is not None and version != self.extents_version:

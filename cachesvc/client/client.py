@@ -4,8 +4,8 @@ Covers: checking arguments, views of slots, copying in and out. Not here: what i
 
 The rule of every method: what the caller did wrong (keys, sizes, use after close, another `chunk_bytes` for a known
 namespace) is ValueError; whatever happens to the daemon, the node or the memory is a miss, False or fewer views, and
-nothing else is ever raised. Reasons are counted in `misses` and `refusals`. No call waits longer than `deadline_ms`;
-after one missed deadline calls answer at once, until the daemon answers the background thread again.
+nothing else is ever raised. Reasons are counted in `misses` and `refusals`. No call about keys waits longer than
+`deadline_ms`; after one missed deadline calls answer at once, until the daemon answers the background thread again.
 
 In the child of a fork a client is dead: everything is a miss. Views must not be used there.
 """
@@ -44,9 +44,12 @@ FIRST_ANSWER_S: Final = 3.0
 
 CLOSE_S: Final = 2.0
 
-RETRY_S: Final = 0.5
-"""How long a write that would get no slot at all is offered again while the daemon says *retry*: about what it takes to
-make the largest extent. Refusals that nothing will change soon come at once."""
+DEADLINE_MS_MAX: Final = 24 * 3600 * 1000.0
+"""The kernel's waits don't take any number, and a call without an end is no call to a cache."""
+
+RETRY_S: Final = 0.05
+"""How long a write that would get no slot at all is offered again while the daemon says *retry*: enough for making an
+extent of 128 MiB; a larger one isn't worth an engine's time. Refusals that nothing will change soon come at once."""
 
 RETRY_STEP_S_MIN: Final = 0.001
 RETRY_STEP_S_MAX: Final = 0.02
@@ -80,10 +83,12 @@ class Client:
         `deadline_ms` bounds each call. `session` (16 to 64 bytes, default: a new one) is for who manages sessions by
         himself: of the clients with one id only the last that came is served. `priority` is that of all chunks written.
         """
-        if address is not None and (not address or "\0" in address):
+        if address is not None and (not isinstance(address, str) or not address or "\0" in address):
             raise ValueError(f"the address of a daemon is the path of its socket, not {address!r}")
-        if not deadline_ms > 0:
-            raise ValueError(f"deadline_ms is more than 0, not {deadline_ms}")
+        if not isinstance(namespace, str):
+            raise ValueError(f"a namespace is a name, not {namespace!r}")
+        if not isinstance(deadline_ms, int | float) or not 0 < deadline_ms <= DEADLINE_MS_MAX:
+            raise ValueError(f"deadline_ms is more than 0 and at most {DEADLINE_MS_MAX:.0f}, not {deadline_ms!r}")
         self._chunk_bytes = chunk_bytes
         self._deadline_s = deadline_ms / 1000
         self._priority = Priority(priority)
@@ -169,7 +174,7 @@ class Client:
         `request` (0 = none) tells apart the callers' requests: one request counts as one use of a chunk.
         """
         self._check()
-        return Read(self._session, KeyRun(0, list(keys)), _number(request), self._deadline_s)
+        return Read(self._session, KeyRun(0, _listed(keys)), _number(request), self._deadline_s)
 
     def get_into(self, key: bytes, buffer: Writeable) -> bool:
         """Copy the chunk into the start of `buffer`; False: a miss, and `buffer` may hold anything.
@@ -198,11 +203,7 @@ class Client:
         A key that comes twice is written once. Keys of one `request` (0 = none) don't push each other out.
         """
         self._check()
-        try:
-            distinct = list(dict.fromkeys(keys))
-        except TypeError as error:
-            raise ValueError(f"keys are bytes: {error}") from error
-        run = KeyRun(0, distinct)
+        run = KeyRun(0, _listed(keys, distinct=True))
         return Write(self._session, run, _number(request), self._priority, self._chunk_bytes, self._deadline_s)
 
     def put(self, key: bytes, data: Readable) -> bool:
@@ -240,7 +241,7 @@ class Client:
 
     def _states(self, keys: Iterable[bytes]) -> bytes:
         self._check()
-        run = KeyRun(0, list(keys))
+        run = KeyRun(0, _listed(keys))
         return self._session.lookup(run, time.monotonic() + self._deadline_s)
 
 
@@ -309,7 +310,7 @@ class Write:
     ) -> None:
         self.views: dict[bytes, memoryview] = {}
         self.sealed = False
-        """After the context: can all of `views` be read now?"""
+        """After the context: can all of `views` be read now? False, too, if there were none."""
         self._session = session
         self._keys = keys
         self._request = request
@@ -439,6 +440,14 @@ def _release(views: Iterable[memoryview]) -> None:
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _listed(keys: Iterable[bytes], *, distinct: bool = False) -> list[bytes]:
+    """The keys, each once if `distinct`; ValueError if these aren't any."""
+    try:
+        return list(dict.fromkeys(keys)) if distinct else list(keys)
+    except TypeError as error:
+        raise ValueError(f"keys are bytes: {error}") from error
 
 
 def _bytes_of(buffer: Readable, *, writable: bool) -> memoryview:

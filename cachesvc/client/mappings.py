@@ -34,7 +34,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cachesvc.arena.layout import STATE_SEALED, decode_header, table_bytes, words_view
+from cachesvc.arena.layout import STATE_SEALED, decode_header, table_bytes, word, words_view
 from cachesvc.errors import FormatError, ProtocolError
 from cachesvc.wire.framing import PREFACE_DESCRIPTORS, FrameReader, decode_descriptor_reply, encode, preface
 from cachesvc.wire.messages import Attach, Attached, DescriptorReply, ExtentInfo, ExtentsHeld, ExtentsWanted, Unmapped
@@ -92,7 +92,7 @@ class Mapping:
 
     def sealed(self, slot: int, generation: int) -> bool:
         """Does the slot still hold what it held at `generation`?"""
-        return bool(self._words.item(slot) == generation << 8 | STATE_SEALED)
+        return bool(self._words.item(slot) == word(generation, STATE_SEALED))
 
     def populate(self, counts: Counter[str]) -> bool:
         """Map the pages of the next step; is there more to do? What the kernel refuses is counted and left alone."""

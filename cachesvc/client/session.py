@@ -94,8 +94,8 @@ class Identity:
         if not 1 <= len(self.chunk_bytes) <= GROUPS_MAX:
             raise ValueError(f"a namespace has 1 to {GROUPS_MAX} KV groups, not {len(self.chunk_bytes)}")
         for size in self.chunk_bytes:
-            if not 0 < size < 1 << 32:
-                raise ValueError(f"chunk_bytes is 1 to {(1 << 32) - 1}, not {size}")
+            if not isinstance(size, int) or not 0 < size < 1 << 32:
+                raise ValueError(f"chunk_bytes is 1 to {(1 << 32) - 1}, not {size!r}")
 
 
 class KeyRun:

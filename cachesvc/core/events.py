@@ -220,7 +220,8 @@ class SpareMade:
 
 @dataclass(frozen=True, slots=True)
 class SpareFailed:
-    """No memory for another extent; `reason` is for the operator."""
+    """`extent` couldn't be made (answers MakeSpare) or formatted (answers FormatExtent): nothing is left of it, nor of
+    the source. `reason` is for the operator."""
 
     extent: int
     reason: str
@@ -448,7 +449,7 @@ class MakeSpare:
 @dataclass(frozen=True, slots=True)
 class FormatExtent:
     """Turn the data file of `source` (a spare, or a drained extent of the same tenant) into `extent`: new table, all
-    slots free at generation 0; the old table is unlinked first. Answered by ExtentFormatted."""
+    slots free at generation 0; the old table is unlinked first. Answered by ExtentFormatted or SpareFailed."""
 
     source: int
     extent: int

@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Protocol
 
-from cachesvc.core.rings import FIRST, Columns, Held, Trail, no_trail
+from cachesvc.core.rings import FIRST, Columns, IsHeld, Trail, no_trail
 from cachesvc.types import Priority
 
 
@@ -61,7 +61,7 @@ class EvictionPolicy(Protocol):
     def remove(self, slot: int) -> None:
         """Forget a slot without remembering a ghost (drained, damaged). MUST be tracked; may be parked."""
 
-    def evict(self, held: Held, spared: Container[int]) -> int | None:
+    def evict(self, held: IsHeld, spared: Container[int]) -> int | None:
         """Choose, forget (leaving a ghost) and return a victim; None if every slot is held or spared.
 
         `held(slot)` = leased: passed over and **parked** (off the lists, so that it isn't met again) until `unpark`.
@@ -136,7 +136,7 @@ class Lru(_Level):
     def touched(self) -> int:
         return self._once
 
-    def evict(self, held: Held, spared: Container[int]) -> int | None:
+    def evict(self, held: IsHeld, spared: Container[int]) -> int | None:
         node = self._slots.take(self._once, held, spared)
         if not node:
             return None
@@ -204,7 +204,7 @@ class Arc(_Level):
     def touched(self) -> int:
         return self._again
 
-    def evict(self, held: Held, spared: Container[int]) -> int | None:
+    def evict(self, held: IsHeld, spared: Container[int]) -> int | None:
         slots = self._slots
         ring, other = self._order()
         node = slots.take(ring, held, spared)
@@ -295,7 +295,7 @@ class Eviction:
     def remove(self, slot: int) -> None:
         self._slots.drop(slot + FIRST)
 
-    def evict(self, priority: Priority, held: Held, spared: Container[int]) -> int | None:
+    def evict(self, priority: Priority, held: IsHeld, spared: Container[int]) -> int | None:
         """A victim for an allocation of `priority`: from the lowest priority that has one, never from a higher one."""
         for level in self._reach[priority]:
             slot = level.evict(held, spared) if len(level) else None

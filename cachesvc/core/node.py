@@ -19,7 +19,7 @@ from cachesvc.core.index import Index, Namespace, Space
 from cachesvc.core.quota import Quotas, TenantQuota
 from cachesvc.core.restore import Restoration
 from cachesvc.core.sessions import SESSIONS_MAX, Session, Sessions, WriteTicket
-from cachesvc.core.slots import SlabClass
+from cachesvc.core.slots import WRITABLE, SlabClass, SlotState
 from cachesvc.core.snapshot import snapshot
 from cachesvc.core.transfers import Marks, Transfers, slot_run
 from cachesvc.types import GROUPS_MAX, KEYS_PER_MESSAGE_MAX, NAMESPACE_BYTES, PAGE_BYTES, Priority, Role, slot_bytes_for
@@ -103,7 +103,7 @@ class Node:
         try:
             self._doors[type(event)](event, now, out)
         except Rejected as no:
-            # a rejection is decided before anything changed
+            # a rejection is decided before anything changed, idle namespaces and classes aside: those may be forgotten
             out.append(ev.Refused(event.connection, getattr(event, "call", 0), no.kind, no.detail))  # type: ignore[union-attr]
         return out
 
@@ -222,7 +222,8 @@ class Node:
         return True
 
     def _end_unnamed_leases(self, session: Session, named: set[int], now: float, out: list[ev.Effect]) -> None:
-        """A scheduler came back without naming them."""
+        """End the leases that nobody vouches for (a scheduler came back and named others; or no process of the session
+        is known, and time is up). Somebody may read there still: their slots are tainted."""
         marks = Marks()
         for number, lease in list(session.leases.items()):
             if number not in named:
@@ -508,7 +509,9 @@ class Node:
                     place = id(ticket.space.slab), n
                     assert place not in written, f"slot {n} has two writers"
                     written[place] = ticket
-                    assert ticket.space.slab.states[n] == (3 if ticket.waiting is not None else 1)
+                    quarantined = ticket.waiting is not None
+                    state = SlotState.QUARANTINED if quarantined else SlotState.WRITING
+                    assert ticket.space.slab.states[n] == state
             for lease in session.leases.values():
                 for n in lease.slots:
                     leased[id(lease.slab), n] = leased.get((id(lease.slab), n), 0) + 1
@@ -524,5 +527,5 @@ class Node:
     ) -> None:
         for n, (state, leases) in enumerate(zip(slab.states, slab.leases, strict=True)):
             assert leases == leased.get((id(slab), n), 0), f"slot {n} counts {leases} leases"
-            assert (state in (1, 3)) == ((id(slab), n) in written), f"slot {n} in state {state} has no writer"
-            assert not leases or state == 2, f"slot {n} is leased in state {state}"
+            assert (state in WRITABLE) == ((id(slab), n) in written), f"slot {n} in state {state} has no writer"
+            assert not leases or state == SlotState.SEALED, f"slot {n} is leased in state {state}"

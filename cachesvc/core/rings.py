@@ -31,7 +31,7 @@ CHAIN_MAX: Final = 16
 """Ghosts in one chain of their table. One honest chain in 10^14 is longer; keys that a client made to collide cost
 ghosts, never time."""
 
-Held: TypeAlias = Callable[[int], bool]
+IsHeld: TypeAlias = Callable[[int], bool]
 
 Trail: TypeAlias = list[int]
 """For each ring the node that the next one of a line goes behind, 0 for none: where a request's chunks end."""
@@ -206,7 +206,7 @@ class SlotRings(Rings):
         self.colder[coldest] = node
         self._all_spared[ring] = None
 
-    def take(self, ring: int, held: Held, spared: Container[int]) -> int:
+    def take(self, ring: int, held: IsHeld, spared: Container[int]) -> int:
         """Take out the coldest node of `ring` that is neither held nor spared; 0 if there is none.
 
         Parks and refreshes what it passes."""

@@ -105,9 +105,12 @@ class Line:
 
     def forget_stale(self) -> bool:
         """Forget slots that hold something else by now; True if there were any. In a new dict: see `core.eviction`."""
-        before, keys = len(self.slots), self.slab.keys
-        self.slots = {n: key for n, key in self.slots.items() if keys[n] is key}
-        return len(self.slots) < before
+        keys = self.slab.keys
+        living = {n: key for n, key in self.slots.items() if keys[n] is key}
+        if len(living) == len(self.slots):
+            return False
+        self.slots = living
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -256,7 +259,7 @@ class Sessions:
         """How many slots of a class the session may take beside the `taken` ones that it has in leases, or in writing:
         while another session is connected, half of the class in each and three quarters in both together, so that a
         wedged holder starves nobody; alone, all of it. Less than 0 if it has too many already."""
-        slots = slab.slot_count()
+        slots = slab.slot_count
         others = self._connected[slab] - (1 if session.connections else 0)
         if others <= 0:
             return slots - taken

@@ -31,6 +31,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -51,6 +52,10 @@ class SlotState(enum.IntEnum):
     WRITING = 1
     SEALED = 2
     QUARANTINED = 3
+
+
+WRITABLE: Final = (SlotState.WRITING, SlotState.QUARANTINED)
+"""Somebody may write a slot in one of these states."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +92,10 @@ class SlabClass:
         self.keys: list[bytes | None] = []
         self.free_slots = 0
         self.sealed_slots = 0
+        self.slot_count = 0
+        """Slots in extents that aren't draining."""
+        self._filling = 0
+        """Ordinal of the extent that gave the last free slot."""
         self.tainted: set[int] = set()
         self.limbo: deque[tuple[float, int]] = deque()
         self.coming = 0
@@ -121,10 +130,6 @@ class SlabClass:
         """Extents that can take new chunks (not draining)."""
         return [extent for extent in self.extents if extent is not None and not extent.draining]
 
-    def slot_count(self) -> int:
-        """Slots in extents that aren't draining."""
-        return len(self.used_extents()) * self.slots_per_extent
-
     # --- extents come and go ----------------------------------------------------------------------------------------
 
     def add_extent(self, number: int, generations: NDArray[np.uint64] | None = None) -> Extent:
@@ -144,6 +149,7 @@ class SlabClass:
         # popped from the end: the lowest slot first
         extent.free = array("I", range(first + per - 1, first - 1, -1))
         self.free_slots += per
+        self.slot_count += per
         return extent
 
     def remove_extent(self, extent: Extent) -> None:
@@ -160,6 +166,7 @@ class SlabClass:
     def start_draining(self, extent: Extent) -> None:
         """No slot of `extent` is handed out any more; the caller frees what is sealed and unleased."""
         extent.draining = True
+        self.slot_count -= self.slots_per_extent
         resting = [when for when, n in self.limbo if self.extent_of(n) is extent]
         extent.rests_until = max(resting, default=extent.rests_until)
         self.limbo = deque((when, n) for when, n in self.limbo if self.extent_of(n) is not extent)
@@ -187,12 +194,14 @@ class SlabClass:
             self.free_slots += 1
         if not self.free_slots:
             return None
-        for extent_ in self.extents:
-            if extent_ is not None and extent_.free:
-                n = extent_.free.pop()
+        for ordinal in chain(range(self._filling, len(self.extents)), range(self._filling)):
+            extent = self.extents[ordinal]
+            if extent is not None and extent.free:
+                self._filling = ordinal
+                n = extent.free.pop()
                 self.free_slots -= 1
                 self.states[n] = SlotState.WRITING
-                extent_.busy += 1
+                extent.busy += 1
                 return n
         raise AssertionError(f"class {self.slot_bytes} counts {self.free_slots} free slots and has none")
 
@@ -333,17 +342,20 @@ class SlabClass:
             first = extent.ordinal * self.slots_per_extent
             numbers = range(first, first + self.slots_per_extent)
             states = self.states[first : first + self.slots_per_extent]
-            busy = sum(1 for n in numbers if self.leases[n] or self.states[n] in (1, 3))
+            busy = sum(1 for n in numbers if self.leases[n] or self.states[n] in WRITABLE)
             assert busy == extent.busy, f"extent {extent.number}: {busy} busy slots, counted {extent.busy}"
-            assert states.count(3) == extent.quarantined, f"extent {extent.number}: quarantined"
+            assert states.count(SlotState.QUARANTINED) == extent.quarantined, f"extent {extent.number}: quarantined"
             assert len(set(extent.free)) == len(extent.free), f"extent {extent.number}: a slot is free twice"
             assert all(n in numbers and not self.states[n] and n not in limbo for n in extent.free)
             if not extent.draining:
                 waiting = sum(1 for n in limbo if n in numbers)
-                assert states.count(0) == len(extent.free) + waiting, f"extent {extent.number}: a free slot is lost"
-                tracked += states.count(2)
+                assert states.count(SlotState.FREE) == len(extent.free) + waiting, (
+                    f"extent {extent.number}: a free slot is lost"
+                )
+                tracked += states.count(SlotState.SEALED)
             free += len(extent.free)
-            sealed += states.count(2)
+            sealed += states.count(SlotState.SEALED)
         assert free == self.free_slots, f"{free} slots free, counted {self.free_slots}"
         assert sealed == self.sealed_slots, f"{sealed} slots sealed, counted {self.sealed_slots}"
+        assert self.slot_count == len(self.used_extents()) * self.slots_per_extent, f"{self.slot_count} slots counted"
         assert tracked == len(self.eviction), f"{tracked} slots sealed in use, policy tracks {len(self.eviction)}"

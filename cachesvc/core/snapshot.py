@@ -81,7 +81,7 @@ def _class(slab: SlabClass) -> dict[str, int]:
     return {
         "slot_bytes": slab.slot_bytes,
         "extents": len([extent for extent in slab.extents if extent is not None]),
-        "slots": slab.slot_count(),
+        "slots": slab.slot_count,
         "sealed": slab.sealed_slots,
         "writing": states.count(SlotState.WRITING),
         "quarantined": states.count(SlotState.QUARANTINED),

@@ -24,7 +24,7 @@ from cachesvc.core.sessions import (
     WriteTicket,
 )
 from cachesvc.core.slots import SlabClass
-from cachesvc.types import AllocateState, KeyState, Priority
+from cachesvc.types import KEY_MISS_FIRST, AllocateState, KeyState, Priority
 
 TAINTED_PASSED_MAX: Final = 16
 """Chunks whose slots must rest first that the search for one slot throws away; beyond it the key says RETRY."""
@@ -120,9 +120,9 @@ class Transfers:
         if hits == keys:
             return
         for state in states:
-            if state >= KeyState.NEVER_STORED:
+            if state >= KEY_MISS_FIRST:
                 counts.misses[KeyState(state)] += 1
-        if states and len(states) < keys and states[-1] >= KeyState.NEVER_STORED:
+        if states and len(states) < keys and states[-1] >= KEY_MISS_FIRST:
             counts.misses[KeyState(states[-1])] += keys - len(states)
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Transfers:
 
     def _why_no_slot(self, slab: SlabClass) -> AllocateState:
         """RETRY if waiting a moment can help without anybody's doing."""
-        soon = slab.limbo or not self.may_evict or not slab.slot_count() or self._more_soon(slab)
+        soon = slab.limbo or not self.may_evict or not slab.slot_count or self._more_soon(slab)
         return AllocateState.RETRY if soon else AllocateState.NO_ROOM
 
     def seal(self, ticket: WriteTicket, lengths: Sequence[int], now: float, out: list[Effect]) -> None:
@@ -283,7 +283,7 @@ class Transfers:
         counts.stored_bytes += sum(length for _, length in kept.values())
         space.new = space.new and not kept
         numbers = list(kept)
-        for n in reversed(numbers):
+        for n in numbers:
             slab.eviction.insert(n, space.digest(kept[n][0]), ticket.priority)
         request = session.requests.get(ticket.request)
         line = Line(slab) if request is None else request.line(slab)

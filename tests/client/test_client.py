@@ -88,6 +88,11 @@ def test_user_namespaces_are_apart_from_connectors() -> None:
         {"namespace": "\ud800"},
         {"address": ""},
         {"address": "a\0b"},
+        {"address": Path("path")},
+        {"chunk_bytes": 1.5},
+        {"deadline_ms": "1"},
+        {"deadline_ms": float("inf")},
+        {"namespace": None},
     ],
 )
 def test_arguments_that_cannot_be(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -182,7 +187,7 @@ def test_misses_are_counted_by_reason(client: Client) -> None:
     assert client.status()["misses"] == {state.name.lower(): count for state, count in client.misses.items()}
 
 
-BAD_KEYS: list[Any] = [[b""], [b"x" * 65], [b"a", b""], ["text"], [b"a", "text"], [1], "text", b"bytes", [None]]
+BAD_KEYS: list[Any] = [[b""], [b"x" * 65], [b"a", b""], ["text"], [b"a", "text"], [1], "text", b"bytes", [None], 1]
 
 
 @pytest.mark.parametrize("keys", BAD_KEYS)

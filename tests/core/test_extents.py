@@ -371,6 +371,26 @@ def test_resting_slots_make_their_draining_extent_rest() -> None:
     assert sizes(d) == {CHUNK: 1, LARGE: 1}
 
 
+def test_a_class_that_got_an_extent_gives_none_away_for_a_while() -> None:
+    d = two_classes()
+    second(d)
+    for i in range(30):
+        d.now += 0.1
+        d.store(2, keys(1, i))
+        d.after(0.0)
+    assert sizes(d) == {CHUNK: 1, LARGE: 3}
+    received = d.slab("t", LARGE).received_at
+    while d.now < received + MOVE_REST_S - 0.2:
+        d.now += 0.1
+        d.store(1, keys(4, int(d.now * 100)))
+        d.after(0.0)
+        assert sizes(d) == {CHUNK: 1, LARGE: 3}
+    d.now += 0.3
+    d.store(1, keys(4, 50))
+    d.after(0.0)
+    assert sizes(d) == {CHUNK: 2, LARGE: 2}
+
+
 # --- tenants ----------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +559,7 @@ def test_a_smaller_arena_gives_up_spares_first_and_no_more_than_it_must() -> Non
     d.after(1.0)
     assert (sizes(d), len(d.node.extents.spares)) == ({CHUNK: 2}, 3)
     d = d.restarted(extents_max=3)
+    assert len(of(ev.DropExtent, d.log)) == 2
     assert (len(d.node.extents.used), len(d.node.extents.spares)) == (2, 1)
     assert d.node.extents.total() == 3
 

@@ -7,19 +7,20 @@ dead and the unmapped come back, that a tainted slot rests. Not here: sizes of r
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cachesvc.core import events as ev
 from cachesvc.core.quota import TenantQuota
-from cachesvc.core.slots import REUSE_DELAY_S
 from cachesvc.types import KeyState, Priority, Role
-from tests.support.nodes import CALL, CHUNK, EXTENT, Driven, Table, Tables, keys, of
+from tests.support.engines import Engine, Held, Process, World
+from tests.support.nodes import CALL, CHUNK, EXTENT, Driven, keys, of
 
 EXTENTS = 4
 ENGINES = [
@@ -31,120 +32,6 @@ ENGINES = [
 ]
 NAMED_WITHIN_S = 5.0
 QUARANTINE_S = 600.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """A slot as a client has mapped it: a table, a data file and a page in it, none of which a new name changes."""
-
-    table: Table
-    slot: int
-    generation: int
-    data: int
-    page: int
-
-    def valid(self) -> bool:
-        """What a reader checks after it has copied."""
-        return self.table.words[self.slot] == (self.generation, 2)
-
-    def __hash__(self) -> int:
-        return hash((id(self.table), self.slot, self.generation))
-
-
-@dataclass
-class Held:
-    """A ticket as its engine knows it."""
-
-    group: int
-    keys: list[bytes]
-    run: ev.SlotRun
-    places: list[Place]
-    sure: bool = True
-    """The node knows that it is held."""
-
-
-@dataclass
-class Process:
-    number: int
-    role: Role
-    connection: int | None = None
-    jobs: set[int] = field(default_factory=set)
-    """Write tickets whose slots it may still write."""
-    known: bool = True
-    """The node that runs now has seen it."""
-
-
-@dataclass
-class Engine:
-    """All processes of a session, as they see it. The first process is the scheduler."""
-
-    session: bytes
-    tenant: str
-    namespace: bytes
-    chunk_bytes: tuple[int, ...]
-    processes: list[Process] = field(default_factory=list)
-    writes: dict[int, Held] = field(default_factory=dict)
-    """Those of a scheduler that has lost hope for them stay here while any process may write."""
-    ours: set[int] = field(default_factory=set)
-    """Writes that the scheduler hopes to seal."""
-    leases: dict[int, Held] = field(default_factory=dict)
-
-    def scheduler(self) -> Process | None:
-        return next((p for p in self.processes if p.role is Role.SCHEDULER), None)
-
-
-class World(Tables):
-    """Tables, and the bytes beside them; checks what the node does to both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.data: dict[int, int] = {}
-        """Extent -> its data file."""
-        self.pages: dict[tuple[int, int], tuple[str, bytes, int, bytes]] = {}
-        self.tainted: set[tuple[int, int]] = set()
-        self.freed: dict[tuple[int, int], float] = {}
-        self.mapped: dict[int, set[tuple[int, int]]] = {}
-        """Data file -> (process, extent number that it knows it by)."""
-
-    def places(self, run: ev.SlotRun) -> list[Place]:
-        found = []
-        for extent, slot, generation in zip(run.extents, run.slots, run.generations, strict=True):
-            table = self.tables[extent]
-            found.append(Place(table, slot, generation, self.data[extent], slot * table.slot_bytes // CHUNK))
-        return found
-
-    def mark(self, effect: ev.Effect) -> None:
-        if isinstance(effect, ev.MarkFree | ev.MarkWriting):
-            table = id(self.tables[effect.extent])
-            for slot in effect.slots:
-                if (table, slot) not in self.tainted:
-                    continue
-                if isinstance(effect, ev.MarkFree):
-                    self.freed[table, slot] = self.now
-                else:
-                    assert self.now >= self.freed.pop((table, slot)) + REUSE_DELAY_S, "a tainted slot didn't rest"
-                    self.tainted.remove((table, slot))
-        super().mark(effect)
-
-    def finish(self, job: ev.Effect) -> ev.Event:
-        gone = None
-        if isinstance(job, ev.MakeSpare):
-            self.data[job.extent] = job.extent
-        elif isinstance(job, ev.FormatExtent):
-            if job.source in self.tables:
-                gone = id(self.tables[job.source])
-            self.data[job.extent] = self.data.pop(job.source)
-        elif isinstance(job, ev.DropExtent):
-            gone = id(self.tables[job.extent]) if job.extent in self.tables else None
-            del self.data[job.extent]
-        if gone is not None:
-            for table, slot in sorted(self.tainted):
-                if table == gone:
-                    rested = self.now >= self.freed.pop((table, slot)) + REUSE_DELAY_S
-                    assert rested or isinstance(job, ev.DropExtent), "a tainted extent didn't rest"
-                    self.tainted.remove((table, slot))
-        return super().finish(job)
 
 
 small = st.integers(0, 30)
@@ -223,7 +110,9 @@ class NodeMachine(RuleBasedStateMachine):
                 if held.group == 99:  # lost interest: not named
                     self.lose_lease(engine, number)
             leases = tuple(ev.LeaseClaim(number, held.run) for number, held in engine.leases.items())
-        claims = [(number, engine.writes[number]) for number in sorted(process.jobs)]
+        # a scheduler names what any of its ranks may still write
+        named = [p.jobs for p in engine.processes] if process.role is Role.SCHEDULER else [process.jobs]
+        claims = [(number, engine.writes[number]) for number in sorted(set().union(*named))]
         self.do(
             ev.Hello(
                 process.connection,
@@ -259,7 +148,6 @@ class NodeMachine(RuleBasedStateMachine):
                 engine.writes[number].sure = True
             for number in sorted(process.jobs - set(welcome.writes_kept)):
                 process.jobs.remove(number)
-                engine.ours.discard(number)
                 self.do(ev.Done(welcome.connection, (number,)))
             engine.ours &= set(welcome.writes_kept)
 
@@ -565,6 +453,49 @@ class NodeMachine(RuleBasedStateMachine):
 
 
 TestNode = NodeMachine.TestCase
-TestNode.settings = settings(
-    max_examples=int(os.environ.get("CACHESVC_MACHINE_EXAMPLES", "60")), stateful_step_count=60
-)
+TestNode.settings = settings(max_examples=60, stateful_step_count=60)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_long_walks(seed: int) -> None:
+    """The same rules, a thousand steps deep: hypothesis finds small examples, but few that begin with a full arena."""
+    draw = random.Random(seed)
+    machine = NodeMachine()
+    machine.start(draw.choice(["arc", "lru"]), draw.random() < 0.5)
+    engine, number, coin, group = (partial(draw.randrange, n) for n in (len(ENGINES), 100, 2, 4))
+
+    def batch() -> list[bytes]:
+        return keys(draw.randint(1, 8), draw.randint(0, 60))
+
+    steps: list[tuple[float, Callable[[], None]]] = [
+        (8, lambda: machine.store(engine(), batch(), group(), coin(), bool(coin()))),
+        (4, lambda: machine.lease(engine(), number() % 30, bool(coin()), group(), bool(coin()))),
+        (4, lambda: machine.pass_time(draw.choice([0.0, 0.1, 0.3, 0.3, 1.0, 1.0, 6.0, 20.0, 700.0]))),
+        (3, lambda: machine.lookup(engine(), batch(), group(), bool(coin()), coin())),
+        (3, lambda: machine.release(engine(), number())),
+        (2, lambda: machine.allocate(engine(), batch(), group(), coin(), bool(coin()))),
+        (2, lambda: machine.write(number(), bool(coin()))),
+        (2, lambda: machine.seal(engine(), number())),
+        (2, lambda: machine.join(engine(), draw.choice(list(Role)))),
+        (2, lambda: machine.finish_job(number(), group() * 3) if machine.d.jobs else None),
+        (1, machine.finish_jobs),
+        (1, machine.come_back),
+        (1, lambda: machine.abort(engine(), number())),
+        (1, lambda: machine.done(number())),
+        (1, lambda: machine.end_requests(engine(), [group()])),
+        (1, lambda: machine.map_extents(engine())),
+        (1, lambda: machine.unmap(number())),
+        (0.5, lambda: machine.lose_connection(engine(), number(), now=True)),
+        (0.3, lambda: machine.join_again(engine(), now=True)),
+        (0.3, lambda: machine.lose_interest(engine(), number())),
+        (0.3, lambda: machine.die(engine(), number(), bool(coin()), now=True)),
+        (0.1, lambda: machine.damage(number(), now=True)),
+        (0.1, lambda: machine.restart(draw.choice([0.1, 1.0, 20.0]), now=True)),
+    ]
+    weights = [weight for weight, _ in steps]
+    for _ in range(1000):
+        draw.choices(steps, weights)[0][1]()
+        machine.sealed_slots_have_their_bytes()
+        machine.leases_of_the_living_hold()
+        machine.memory_is_bounded()
+    machine.teardown()

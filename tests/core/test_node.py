@@ -162,6 +162,16 @@ def test_slot_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert d.refused(third)[0] == "limit", "its classes have extents, and a namespace that may come back"
 
 
+def test_slot_sizes_of_known_namespaces_stay_without_extents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachesvc.core.extents.CLASSES_PER_TENANT_MAX", 2)
+    d = Driven(auto=False)
+    d.hello(1, session=b"a" * 16, namespace=b"a" * 16, chunk_bytes=(CHUNK, 2 * CHUNK))
+    d.do(ev.ConnectionLost(1))
+    other = dataclasses.replace(HELLO, connection=2, session=OTHER, chunk_bytes=(3 * CHUNK,))
+    assert d.refused(other)[0] == "limit"
+    assert len(d.node.extents.slabs) == 2
+
+
 def test_slot_sizes_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cachesvc.core.extents.CLASSES_PER_TENANT_MAX", 2)
     monkeypatch.setattr(index, "NAMESPACES_PER_TENANT_MAX", 1)

@@ -114,6 +114,22 @@ def test_slots_of_strangers_are_nobodys_in_the_grace_time() -> None:
     assert d.store(2, keys(3, 60)) == [NEW] * 3
 
 
+def test_the_grace_time_begins_when_everything_was_read() -> None:
+    d = Driven(1)
+    d.hello(1)
+    d.store(1, keys(PER))
+    tables = d.tables
+    tables.records = ()
+    d = Driven(1, tables=tables, now=200.0, started=False)
+    d.now += 3.0
+    d.do(ev.Started())
+    d.hello(2)
+    d.after(GRACE_S - 0.1)
+    assert d.store(2, keys(1, 60)) == [RETRY]
+    d.after(0.1)
+    assert d.store(2, keys(1, 60)) == [NEW]
+
+
 def test_of_two_copies_one_is_kept() -> None:
     """A chunk in a draining extent that was leased, and stored again elsewhere."""
     d = Driven(2)
@@ -182,9 +198,10 @@ def test_no_extent_moves_in_the_grace_time() -> None:
     d = d.restarted()
     d.hello(2, session=OTHER, namespace=b"another-namespac", chunk_bytes=(2 * CHUNK,))
     d.after(GRACE_S - 0.1)
-    assert len([e for e in d.extents() if e.draining]) == 0
+    assert d.resident(keys(2 * PER), 2) == []
+    assert (len(d.extents()), len(d.extents("t", 2 * CHUNK))) == (2, 0)
     d.after(0.1)
-    assert len(d.extents("t", 2 * CHUNK)) == 1
+    assert (len(d.extents()), len(d.extents("t", 2 * CHUNK))) == (1, 1)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

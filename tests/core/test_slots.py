@@ -71,6 +71,7 @@ def test_an_evicted_slot_is_written_at_once_at_a_new_generation() -> None:
     s.eviction.remove(n)
     s.reuse(n)
     assert (s.states[n], s.generations[n], s.sealed_slots, s.extent_of(n).busy) == (SlotState.WRITING, 1, 0, 1)
+    assert s.keys[n] is None, "what had the old chunk must not take the new one for it"
     s.seal(n, 8, b"other", 5)
     assert (s.keys[n], s.lengths[n], s.spaces[n], s.extent_of(n).busy) == (b"other", 5, 8, 0)
 
@@ -133,7 +134,7 @@ def test_an_extent_drains_and_its_place_is_used_again() -> None:
     first = s.extent_of(0)
     s.lease([numbers[0]])
     s.start_draining(first)
-    assert (s.slot_count(), s.free_slots, [e.number for e in s.used_extents()]) == (PER, PER - 1, [102])
+    assert (s.slot_count, s.free_slots, [e.number for e in s.used_extents()]) == (PER, PER - 1, [102])
     for n in numbers[:PER]:
         s.eviction.remove(n)
         if not s.leases[n]:

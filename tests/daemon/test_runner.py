@@ -201,6 +201,27 @@ def test_a_spare_that_can_not_be_made_is_tried_again(monkeypatch: pytest.MonkeyP
     asyncio.run(scenario())
 
 
+def test_a_namespace_is_kept_before_its_session_is_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk whose namespace nobody remembers would be lost by a restart."""
+
+    async def scenario() -> None:
+        async with running() as runner:
+            listener = Listener(runner)
+            saved: list[int] = []
+            monkeypatch.setattr(module.namespaces, "save", lambda _dir, records: saved.append(len(records)))
+            listener.say(hello())
+            assert saved == [1]
+
+            def full(*_: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(module.namespaces, "save", full)
+            await Listener(runner).welcome(session=b"another-session-", namespace=b"another-namespac")
+            assert runner.counts["io_failed"] == 1, "the daemon goes on, and operators see it"
+
+    asyncio.run(scenario())
+
+
 def test_the_arena_is_of_the_size_it_should_be() -> None:
     async def scenario() -> None:
         async with running(extents=3) as runner:

@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,16 @@ class Raised(Exception):  # noqa: N818 - what happened there, told here
 
 
 class ClientProcess:
-    """A process with one client. Killed when the `with` block ends, whatever state it is in."""
+    """A process with one client, started by the command `within` if there is one. Killed when the `with` block ends,
+    whatever state it is in."""
 
-    def __init__(self, preexec: Any = None) -> None:
+    def __init__(self, within: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.worker"],
+            [*within, sys.executable, "-m", "tests.support.worker"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=preexec,
         )
         self.seconds = 0.0
         """How long the last call took."""
@@ -113,9 +113,9 @@ class ClientProcess:
 class Clients(ExitStack):
     """Starts client processes; all of them are dead at the end."""
 
-    def start(self, **options: Any) -> ClientProcess:
+    def start(self, within: Sequence[str] = ()) -> ClientProcess:
         """One that has no client yet."""
-        return self.enter_context(ClientProcess(**options))
+        return self.enter_context(ClientProcess(within))
 
     def open(self, address: Path | str, **options: Any) -> ClientProcess:
         return self.start().open(address, **options)

@@ -155,6 +155,34 @@ class Daemon:
         body: dict[str, Any] = json.loads(report.body)
         return body
 
+    def tenant(self, name: str = "default") -> dict[str, Any]:
+        """What it says of a tenant."""
+        return dict(self.status()["tenants"][name])
+
+    def slab(self) -> dict[str, Any]:
+        """What it says of the only slab class of the only tenant."""
+        [found] = self.tenant()["classes"]
+        return dict(found)
+
+    def open_tickets(self) -> int:
+        """Writes and leases of the only tenant."""
+        tenant = self.tenant()
+        return int(tenant["write_tickets"] + tenant["leases"])
+
+    def nothing_leaks(self, processes: int) -> bool:
+        """Is every slot free or sealed, no ticket open, nobody known but so many processes, each a session?"""
+        status = self.status()
+        tenant = status["tenants"]["default"]
+        [slab] = tenant["classes"]
+        held = tenant["write_tickets"] + tenant["leases"] + slab["writing"] + slab["quarantined"] + slab["leased"]
+        there = tenant["sessions"], tenant["processes"]
+        whole = bool(slab["free"] + slab["sealed"] == slab["slots"])
+        return whole and not held and not status["restart"]["orphans"] and there == (processes, processes)
+
+    def evictions(self, tenant: str = "default") -> int:
+        """Chunks of a tenant that were evicted since it started."""
+        return int(self.tenant(tenant)["counts"]["evictions"])
+
     @property
     def log_path(self) -> Path:
         return self.home / "log"

@@ -316,3 +316,10 @@ class Driven:
         """Those of the keys that can be read."""
         states = self.lookup(connection, some, group=group)
         return [key for key, state in zip(some, states, strict=True) if state == RAM]
+
+
+def one_extent(*, eviction: str = "arc") -> Driven:
+    """A node of one extent of `PER` slots, and session 1."""
+    d = Driven(1, eviction=eviction)
+    d.hello(1)
+    return d

@@ -1,7 +1,8 @@
 """A client process that does what it is told, a step at a time: `python -m tests.support.worker`.
 
 Covers: one `cachesvc.Client` driven over pipes, a JSON object a line in each direction, so that a test can kill or stop
-the process between any two steps; load from several threads. Not here: starting and killing it (`tests.support.clients`).
+the process between any two steps; load from several threads. Not here: starting and killing it
+(`tests.support.clients`).
 
 In: {"do": name of a method of Worker, its arguments}. Keys are text on the pipe and bytes (latin-1) here. Out: {"ok":
 what it returned} or {"raised": "ValueError: ..."}, with {"seconds": how long it took}. The end of the input ends the
@@ -84,7 +85,7 @@ class Worker:
         return self.client.put(name, content(name, seed, length or self._chunk_bytes))
 
     def get(self, key: str) -> str | None:
-        """ "right", None for a miss, else what is wrong."""
+        """None for a miss, "right", or what is wrong."""
         buffer = bytearray(self._chunk_bytes)
         name = key.encode("latin-1")
         if not self.client.get_into(name, buffer):
@@ -126,7 +127,7 @@ class Worker:
 
     def fill_forever(self, name: str) -> None:
         """Copy until killed."""
-        print(json.dumps({"ok": "filling"}), flush=True)
+        say({"ok": "filling"})
         while True:
             self.fill(name)
 
@@ -189,7 +190,7 @@ class Worker:
         """What a child of a fork sees, and that it harms nobody: every call, then the end without any cleaning up."""
         come, go = os.pipe()
         if not os.fork():
-            seen = {"lookup": self.lookup(keys), "put": self.put("child"), "get": self.get(keys[0])}
+            seen: dict[str, Any] = {"lookup": self.lookup(keys), "put": self.put("child"), "get": self.get(keys[0])}
             seen["views"] = self.begin_write("child", ["child"])["new"], self.begin_read("child's", keys)
             self.close()
             own = Client(self._address, namespace="forked", chunk_bytes=self._chunk_bytes)
@@ -221,8 +222,8 @@ class Worker:
 class Load:
     """Threads that store chunks of their own and read anybody's, as fast as they can, until told to end.
 
-    Keys are `<prefix>-<thread>-<number>`; `others` are prefixes of other processes whose chunks are read too. `keys_max`
-    a thread bounds what is stored. With `hold` each thread keeps so many reads open, the last ones.
+    Keys are `<prefix>-<thread>-<number>`; `others` are prefixes of other processes whose chunks are read too. A thread
+    stores at most `keys_max`. With `hold` it keeps so many reads open, the last ones.
     """
 
     def __init__(
@@ -245,8 +246,9 @@ class Load:
         self._counts: list[Counter[str]] = [Counter() for _ in range(threads)]
         self._longest = [0.0] * threads
         self._wrong: list[str] = []
+        self._seed = seed
         self._pool = ThreadPoolExecutor(threads)
-        self._parts: list[Future[None]] = [self._pool.submit(self._run, t, seed) for t in range(threads)]
+        self._parts: list[Future[None]] = [self._pool.submit(self._run, t) for t in range(threads)]
 
     def figures(self) -> dict[str, Any]:
         """`acked` chunks were stored, `longest_s` is the longest call, `wrong` what should never have been read."""
@@ -264,8 +266,8 @@ class Load:
         self._pool.shutdown()
         return self.figures() | {"keys": [key.decode("latin-1") for keys in self._acked for key in keys]}
 
-    def _run(self, thread: int, seed: int) -> None:
-        draw = random.Random(f"{self._prefix}/{thread}/{seed}")
+    def _run(self, thread: int) -> None:
+        draw = random.Random(f"{self._prefix}/{thread}/{self._seed}")
         held: list[Read] = []
         acts: list[Callable[[int, random.Random], None]] = [self._put, self._write, self._get, self._read, self._look]
         while not self._ending.is_set():
@@ -295,7 +297,7 @@ class Load:
         if len(mine) >= self._keys_max:
             return
         key = self._key(self._prefix, thread, len(mine))
-        if self._client.put(key, content(key, thread, draw.randrange(LENGTH_MIN, self._chunk_bytes + 1))):
+        if self._client.put(key, content(key, self._seed + thread, draw.randrange(LENGTH_MIN, self._chunk_bytes + 1))):
             mine.append(key)
         else:
             self._counts[thread]["not stored"] += 1
@@ -306,7 +308,7 @@ class Load:
         keys = [self._key(self._prefix, thread, number) for number in some]
         with self._client.write(keys) as write:
             for key, view in write.views.items():
-                view[:] = content(key, thread, len(view))
+                view[:] = content(key, self._seed + thread, len(view))
             given = list(write.views)
         # what isn't given may be there already, from a store of ours whose acknowledgement was lost
         if write.sealed and given == keys:
@@ -351,6 +353,11 @@ class Load:
             self._wrong.append(found)
 
 
+def say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     worker = Worker()
@@ -361,7 +368,7 @@ def main() -> None:
             answer = {"ok": getattr(worker, order.pop("do"))(**order)}
         except (AssertionError, OSError, ValueError) as error:
             answer = {"raised": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer | {"seconds": time.monotonic() - before}), flush=True)
+        say(answer | {"seconds": time.monotonic() - before})
     # without closing anything: the test has seen what it wanted to
     os._exit(0)
 
