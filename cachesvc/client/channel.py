@@ -109,13 +109,14 @@ class Channel:
     """One client's way to the daemon. `wake` is called when the background thread has something to do; it may be called
     by any thread, with the lock held."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], heard: Callable[[ControlReply], None] = lambda _: None) -> None:
         self.state = State.DOWN
         self.error = "not connected yet"
         """Why it is down, for operators; "" when it is up."""
         self.extents_version = -1
         """The last one heard; -1 = none yet."""
         self._wake = wake
+        self._heard = heard
         self._lock = threading.Lock()  # held by whoever uses the socket; see the module's drawing
         self._connection: Connection | None = None
         self._later = Later()
@@ -171,6 +172,26 @@ class Channel:
                 self._later.add(*undo)
             self._give_up_lock()
         return outcome
+
+    def post(self, request: Call, deadline: float) -> bool:
+        """Send a request and don't wait: its reply passes `heard` with a later one.
+
+        True: the daemon finds it before anything that is said to it from now on, if it lives. False: it wasn't sent.
+        """
+        if self.state is not State.UP:
+            return False
+        if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=_left_s(deadline)):
+            return False
+        try:
+            connection = self._connection
+            if self.state is not State.UP or connection is None:
+                return False
+            connection.post(self._along.take() + encode(request), [request.call])
+        except OSError as error:
+            self._drop(str(error))
+        finally:
+            self._give_up_lock()
+        return True
 
     def tell(self, kind: type[OneWay], numbers: Sequence[int]) -> None:
         """Send a one-way message now if that is possible without waiting, else as soon as somebody can."""
@@ -286,6 +307,7 @@ class Channel:
     def hear(self, reply: ControlReply) -> None:
         """Every reply of every connection passes here, Welcome too, when nobody else uses the connection yet."""
         self._heard_at = time.monotonic()
+        self._heard(reply)
         version = getattr(reply, "extents_version", None)
         if version is not None and version != self.extents_version:
             self.extents_version = version

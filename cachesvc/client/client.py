@@ -209,7 +209,8 @@ class Client:
     def put(self, key: bytes, data: Readable) -> bool:
         """Store `data` (at most `chunk_bytes`) under `key`. True: the key can be read now, be it from before.
 
-        False: somebody else is writing it, no room, or no daemon.
+        False: somebody else is writing it, no room, or no daemon. Its seal is on its way when this returns: the daemon
+        finds it before any later question of anybody, and one that is killed just then gets it again.
         """
         self._check()
         source = _bytes_of(data, writable=False)
@@ -229,7 +230,7 @@ class Client:
         if not views:
             session.abort(grant)
             return False
-        return session.seal(grant, [len(source)], deadline)
+        return session.seal_soon(grant, [len(source)], deadline)
 
     # --- arguments --------------------------------------------------------------------------------------------------
 

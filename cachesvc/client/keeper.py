@@ -164,6 +164,8 @@ class Keeper:
         if not isinstance(reply, Welcome):
             raise ProtocolError(f"{type(reply).__name__} came where Welcome was to come")
         session.welcomed(reply)
+        for seal in session.seals_again():
+            connection.post(encode(seal), [seal.call])
         session.channel.install(connection)
 
     def _wait(self, connection: Connection) -> ControlReply:

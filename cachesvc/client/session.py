@@ -161,7 +161,7 @@ class Session:
     def __init__(self, identity: Identity, wake: Callable[[], None]) -> None:
         identity.check()
         self.identity = identity
-        self.channel = Channel(wake)
+        self.channel = Channel(wake, self._hear)
         self.extents = Extents(slot_bytes_for(size) for size in identity.chunk_bytes)
         self.arena = b""
         """Uuid of the daemon's arena; b"" until it was heard."""
@@ -176,6 +176,8 @@ class Session:
         self._tickets = itertools.count(1)
         self._leases: dict[int, Ticket] = {}
         self._writes: dict[int, Ticket] = {}
+        self._sealing: dict[int, tuple[Grant, list[int]]] = {}
+        """Call number of a Seal that nobody waits for -> what it seals (one ticket) and the lengths."""
         self._counting = threading.Lock()  # the counters above
 
     # --- asking -----------------------------------------------------------------------------------------------------
@@ -289,6 +291,26 @@ class Session:
                 self._settle(self._writes, grant, None)
         return sealed == len(grant.tickets)
 
+    def seal_soon(self, grant: Grant, lengths: Sequence[int], deadline: float) -> bool:
+        """Like `seal` of one ticket, without waiting for the daemon's word: True says that the seal is on its way.
+
+        The daemon finds it before any later question of anybody. Until its word has come the ticket stays open, so a
+        daemon that dies meanwhile gets the same seal again from `seals_again`.
+        """
+        (ticket,) = grant.tickets
+        if ticket.lost:
+            self._settle(self._writes, grant, Abort)
+            self._count_unsealed(1)
+            return False
+        call = self.channel.number()
+        self._sealing[call] = grant, list(lengths)
+        if self.channel.post(Seal(call, ticket.number, list(lengths)), deadline):
+            return True
+        if self._sealing.pop(call, None) is not None:
+            self._settle(self._writes, grant, Abort)
+            self._count_unsealed(1)
+        return False
+
     def writes_elsewhere(self, ticket: int) -> None:
         """This process, a worker, writes slots of a ticket that the session's scheduler holds, until `done`."""
         self._writes[ticket] = Ticket(ticket, _NO_SLOTS, KeyBatch(0, [], b""))
@@ -346,6 +368,32 @@ class Session:
             for ticket in list(tickets.values()):
                 if other or ticket.number not in kept:
                     ticket.lost = True
+
+    def seals_again(self) -> list[Seal]:
+        """After Welcome: the seals whose outcome nobody knows, for the new connection."""
+        unknown, self._sealing = self._sealing, {}
+        seals = []
+        for grant, lengths in unknown.values():
+            (ticket,) = grant.tickets
+            if ticket.lost:
+                self._settle(self._writes, grant, None)
+                self._count_unsealed(1)
+            else:
+                seals.append(Seal(self.channel.number(), ticket.number, lengths))
+                self._sealing[seals[-1].call] = grant, lengths
+        return seals
+
+    def _hear(self, reply: ControlReply) -> None:
+        """Every reply passes here, in the thread that holds the channel."""
+        found = self._sealing.pop(reply.call, None) if self._sealing else None
+        if found is not None:
+            sealed = isinstance(reply, Sealed) and reply.ok
+            self._settle(self._writes, found[0], None)
+            self._count_unsealed(0 if sealed else 1)
+
+    def _count_unsealed(self, tickets: int) -> None:
+        with self._counting:
+            self.unsealed += tickets
 
     def disown(self) -> None:
         """In the child of a fork: nothing here is ours, and nothing is sent."""

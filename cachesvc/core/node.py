@@ -471,6 +471,14 @@ class Node:
 
     # --- looking in -------------------------------------------------------------------------------------------------
 
+    def being_written(self, event: ev.Lookup | ev.Lease) -> bool:
+        """Is any of the keys asked for being written? Then its seal may be on its way, on another connection."""
+        session = self.sessions.by_connection.get(event.connection)
+        if session is None or event.group >= len(session.namespace.spaces):
+            return False
+        writing = session.namespace.spaces[event.group].writing
+        return bool(writing) and not writing.keys().isdisjoint(event.keys)
+
     def extents_of(self, tenant: str, slot_bytes: set[int]) -> list[tuple[int, int, int]]:
         """(extent, slot size in bytes, slots) that a client of these classes maps."""
         return self.extents.usable(tenant, slot_bytes)

@@ -144,8 +144,12 @@ class Runner:
         del self._connections[connection.number]
         self.dispatch(ev.ConnectionLost(connection.number))
 
-    def request(self, connection: Connection, payload: memoryview) -> None:
-        """One message of a client. ProtocolError if it breaks the rules of the wire."""
+    def request(self, connection: Connection, payload: memoryview, *, again: bool = False) -> bool:
+        """One message of a client. ProtocolError if it breaks the rules of the wire.
+
+        False: ask `again` when the loop has read whatever lies in other sockets by now. A client that was told of a
+        chunk may ask for it before we have read its seal: who seals doesn't wait for us.
+        """
         started = time.perf_counter()
         message = decode_control_request(payload)
         kind = type(message)
@@ -153,7 +157,10 @@ class Runner:
         if connection.tenant is None and kind is not wire.Ask and kind is not wire.Ping:
             raise ProtocolError("the admin socket answers questions only: use the socket of a tenant")
         if make_event is not None:
-            self.dispatch(make_event(message, connection.number))
+            event = make_event(message, connection.number)
+            if not again and isinstance(event, ev.Lookup | ev.Lease) and self.node.being_written(event):
+                return False
+            self.dispatch(event)
         elif isinstance(message, wire.Hello):
             self._hello(message, connection)
         elif isinstance(message, wire.Ping):
@@ -165,6 +172,7 @@ class Runner:
         if latency is None:
             latency = self.latency[kind] = Latency()
         latency.observe(time.perf_counter() - started)
+        return True
 
     def _hello(self, message: wire.Hello, connection: Connection) -> None:
         if connection.tenant is not None:

@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -279,6 +280,7 @@ class ControlConnection(asyncio.BufferedProtocol):
         self._frames = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._doomed = False
+        self._held: list[bytes] = []
 
     # --- what the runner does with it -------------------------------------------------------------------------------
 
@@ -319,9 +321,10 @@ class ControlConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Something came."""
-        error = guard(
-            self._server.runner.counts, f"connection {self.number} of {self.tenant}", lambda: self._take(nbytes)
-        )
+        self._guarded(lambda: self._take(nbytes))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        error = guard(self._server.runner.counts, f"connection {self.number} of {self.tenant}", act)
         if error is not None:
             self.send(last_words(error))
             self.finish()
@@ -331,7 +334,27 @@ class ControlConnection(asyncio.BufferedProtocol):
             if self._transport is None or self._transport.is_closing():
                 return
             self.deadline = None
-            self._server.runner.request(self, payload)
+            if self._held or not self._server.runner.request(self, payload):
+                self._hold([bytes(payload)])
+
+    def _hold(self, payloads: list[bytes]) -> None:
+        """Keep messages, in order, until the loop has read every socket that was readable when the first was read."""
+        if not self._held:
+            # one turn reads what was there; the next comes before anything that is read in it
+            self._server.loop.call_soon(self._server.loop.call_soon, self._go_on)
+        self._held += payloads
+
+    def _go_on(self) -> None:
+        held, self._held = self._held, []
+        self._guarded(lambda: self._serve(held))
+
+    def _serve(self, held: list[bytes]) -> None:
+        for i, payload in enumerate(held):
+            if self._transport is None or self._transport.is_closing():
+                return
+            if not self._server.runner.request(self, memoryview(payload), again=not i):
+                self._hold(held[i:])
+                return
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the why doesn't matter
         """The socket is closed."""

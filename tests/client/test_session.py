@@ -38,7 +38,7 @@ from cachesvc.wire.messages import (
     pack_keys,
     unpack_keys,
 )
-from tests.support.fake_daemon import FakeDaemon, wait_for
+from tests.support.fake_daemon import Close, FakeDaemon, wait_for
 
 HANG_S = 30.0
 RAM, NEVER, NO_ROOM = bytes([KeyState.RAM]), bytes([KeyState.NEVER_STORED]), bytes([KeyState.NO_ROOM])
@@ -225,6 +225,65 @@ def test_a_write_is_allocated_and_sealed(joined: Joined) -> None:
     assert joined.daemon.got(Seal)[0].lengths == [10, 20]
     assert joined.daemon.chunks[b"c"][3] == 20
     assert joined.session.unsealed == 0
+
+
+def test_a_seal_that_nobody_waits_for(joined: Joined) -> None:
+    """The ticket stays open until the daemon's word is heard, with whatever is asked next."""
+    grant = joined.session.allocate(run(b"a"), soon())
+    assert joined.session.seal_soon(grant, [10], soon())
+    assert joined.session.lookup(run(b"a"), soon()) == b"\x01"
+    assert joined.session.idle()
+    assert (joined.daemon.chunks[b"a"][3], joined.session.unsealed) == (10, 0)
+
+
+def test_a_seal_that_nobody_waits_for_and_that_is_refused(joined: Joined) -> None:
+    grant = joined.session.allocate(run(b"a"), soon())
+    joined.daemon.on[Seal] = lambda message: Sealed(message.call, ok=False)
+    assert joined.session.seal_soon(grant, [10], soon()), "it was on its way"
+    joined.session.lookup(run(b"a"), soon())
+    assert joined.session.idle()
+    assert joined.session.unsealed == 1
+
+
+def dying(daemon: FakeDaemon) -> None:
+    """The next Seal is the last thing that the daemon hears."""
+
+    def die(_: Seal) -> None:
+        del daemon.on[Seal]
+        raise Close
+
+    daemon.on[Seal] = die
+
+
+def test_a_seal_whose_outcome_nobody_knows_is_said_again(joined: Joined) -> None:
+    """Kill -9 of the daemon between the seal and its word: the slot is written, its session comes back for it."""
+    grant = joined.session.allocate(run(b"a"), soon())
+    dying(joined.daemon)
+    assert joined.session.seal_soon(grant, [10], soon())
+    wait_for(lambda: len(joined.daemon.got(Seal)) == 2)
+    joined.up()
+    assert joined.session.lookup(run(b"a"), soon()) == b"\x01"
+    assert joined.session.idle()
+    assert joined.session.unsealed == 0
+
+
+def test_a_seal_of_a_lost_write_is_not_said_again(joined: Joined) -> None:
+    grant = joined.session.allocate(run(b"a"), soon())
+    joined.daemon.on[Hello] = lambda hello: Welcome(hello.call, joined.daemon.arena, [], [], joined.daemon.version)
+    dying(joined.daemon)
+    assert joined.session.seal_soon(grant, [10], soon())
+    wait_for(lambda: joined.session.unsealed == 1)
+    assert joined.session.idle()
+    assert len(joined.daemon.got(Seal)) == 1
+
+
+def test_a_seal_without_a_daemon_is_false(joined: Joined) -> None:
+    grant = joined.session.allocate(run(b"a"), soon())
+    joined.daemon.stop()
+    wait_for(lambda: joined.session.channel.state is State.DOWN)
+    assert not joined.session.seal_soon(grant, [10], soon())
+    assert joined.session.idle()
+    assert joined.session.unsealed == 1
 
 
 def test_a_write_is_aborted(joined: Joined) -> None:

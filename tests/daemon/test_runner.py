@@ -12,6 +12,7 @@ import pytest
 
 from cachesvc.arena.host import HostArena
 from cachesvc.core import events as ev
+from cachesvc.daemon import namespaces
 from cachesvc.daemon import runner as module
 from cachesvc.daemon.runner import Runner
 from cachesvc.errors import ProtocolError
@@ -208,14 +209,14 @@ def test_a_namespace_is_kept_before_its_session_is_welcome(monkeypatch: pytest.M
         async with running() as runner:
             listener = Listener(runner)
             saved: list[int] = []
-            monkeypatch.setattr(module.namespaces, "save", lambda _dir, records: saved.append(len(records)))
+            monkeypatch.setattr(namespaces, "save", lambda _dir, records: saved.append(len(records)))
             listener.say(hello())
             assert saved == [1]
 
             def full(*_: Any) -> None:
                 raise OSError(28, "No space left on device")
 
-            monkeypatch.setattr(module.namespaces, "save", full)
+            monkeypatch.setattr(namespaces, "save", full)
             await Listener(runner).welcome(session=b"another-session-", namespace=b"another-namespac")
             assert runner.counts["io_failed"] == 1, "the daemon goes on, and operators see it"
 

@@ -194,6 +194,16 @@ def test_put_keeps_the_length(client: Client, other: Client, length: int) -> Non
         assert [len(view) for view in read.views] == [length]
 
 
+def test_what_was_put_can_be_read_by_whoever_is_told(client: Client, other: Client) -> None:
+    """`put` doesn't wait for the daemon's word; whoever asks after it returned finds the chunk all the same."""
+    for key in keys(2000, "told"):
+        assert client.put(key, key)
+        assert other.lookup([key]) == 1, key
+        buffer = bytearray(len(key))
+        assert other.get_into(key, buffer)
+        assert buffer == key
+
+
 def test_put_of_what_is_there_is_true_and_changes_nothing(client: Client, other: Client) -> None:
     assert client.put(b"k", b"first") is True
     assert other.put(b"k", b"second") is True
