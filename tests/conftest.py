@@ -1,4 +1,4 @@
-"""What every test run shares: how hypothesis searches, how many worlds are simulated. Helpers are in `tests.support`."""
+"""What every test run shares: how hypothesis searches, how many worlds are simulated. Helpers: `tests.support`."""
 
 from __future__ import annotations
 

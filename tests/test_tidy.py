@@ -39,7 +39,9 @@ SHARED_TESTS = {
 
 LINES_PER_FUNCTION_MAX = 70
 LINES_PER_FILE_MAX = 600
-LONG: Mapping[str, str] = {}
+LONG: Mapping[str, str] = {
+    "tests/sim/oracle.py": "one judge, who has to see everything",
+}
 """`path` or `path:function` that may be longer, each with the reason; remove the line when it is short again."""
 
 UNFINISHED = re.compile(r"\b(FIX" + r"ME|TO" + r"DO|XX" + r"X)\b")

@@ -88,6 +88,8 @@ class Line:
     trail: Trail = field(default_factory=no_trail)
     stamp: float = float("inf")
     """At most this is the last use (seconds) of what comes next."""
+    _departures: int = 0
+    """Of the class, when it last forgot what was stale."""
     refresh_at: float = float("-inf")
     """When all of it is to be moved to the hot end again (seconds)."""
 
@@ -105,7 +107,9 @@ class Line:
 
     def forget_stale(self) -> bool:
         """Forget slots that hold something else by now; True if there were any. In a new dict: see `core.eviction`."""
-        keys = self.slab.keys
+        if self._departures == self.slab.departures:
+            return False
+        self._departures, keys = self.slab.departures, self.slab.keys
         living = {n: key for n, key in self.slots.items() if keys[n] is key}
         if len(living) == len(self.slots):
             return False

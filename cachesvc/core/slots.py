@@ -94,6 +94,8 @@ class SlabClass:
         self.sealed_slots = 0
         self.slot_count = 0
         """Slots in extents that aren't draining."""
+        self.departures = 0
+        """Chunks that left, for whatever reason."""
         self._filling = 0
         """Ordinal of the extent that gave the last free slot."""
         self.tainted: set[int] = set()
@@ -208,6 +210,7 @@ class SlabClass:
     def reuse(self, n: int) -> None:
         """SEALED -> WRITING for an evicted, untainted slot, its generation raised."""
         self._check_unheld(n)
+        self.departures += 1
         self.sealed_slots -= 1
         self.keys[n] = None
         self.generations[n] += 1
@@ -217,6 +220,7 @@ class SlabClass:
     def unseal(self, n: int, now: float) -> None:
         """SEALED -> FREE (through limbo if tainted). The caller took it off the index and the policy."""
         self._check_unheld(n)
+        self.departures += 1
         self.sealed_slots -= 1
         self.keys[n] = None
         extent = self.extent_of(n)

@@ -322,9 +322,12 @@ def test_a_request_forgets_slots_that_hold_something_else() -> None:
     line = request.line(slab)
     line.add([4, 5, 6])
     before = line.slots
+    slab.departures += 1
     assert not line.forget_stale()
     assert line.slots is before, "the policy knows by the dict that it spares everything"
     slab.keys[5] = b"another"
+    assert not line.forget_stale(), "nothing departed: not looked at again"
+    slab.departures += 1
     assert line.missing([4, 5, None, 7]) == [5, 7]
     assert line.forget_stale()
     assert list(line.slots) == [4, 6]

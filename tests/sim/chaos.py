@@ -1,7 +1,7 @@
 """Everything that may go wrong, at random moments drawn from a seed.
 
-Covers: drawing a world from a seed, its faults, its three parts, the story of a failure. Not here: the world and what is
-right (`tests.sim.world`, `tests.sim.oracle`).
+Covers: drawing a world from a seed, its faults, its three parts, the story of a failure. Not here: the world and what
+is right (`tests.sim.world`, `tests.sim.oracle`).
 
 A run has three parts: *trouble* (faults at random moments), *calm* (no faults, engines finish what they do and stay
 connected: nothing may be left open), *end* (everybody dies: nothing may be left at all).
@@ -24,6 +24,7 @@ from tests.sim.engine import Engine, Habits
 from tests.sim.network import Delays
 from tests.sim.process import Process
 from tests.sim.world import Place, World
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
@@ -63,7 +64,7 @@ class Plan:
     habits: Habits
 
 
-class Failed(AssertionError):
+class Failed(AssertionError):  # noqa: N818 - an outcome, told like a test's
     """A run went wrong: what, when, what came before, and how to see it again."""
 
 

@@ -1,10 +1,10 @@
 """The daemon of a simulation: the real `core.Node`, carried by a fake runner that can be killed between any two steps.
 
-Covers: what `daemon.runner`, `daemon.processes`, `daemon.descriptors` and `daemon.app` do around the core, on fake files and
-connections; kills, restarts, hangs. Not here: anything that the core decides.
+Covers: what `daemon.runner`, `daemon.processes`, `daemon.descriptors` and `daemon.app` do around the core, on fake
+files and connections; kills, restarts, hangs. Not here: anything that the core decides.
 
-`fuse` counts steps down to the next kill: a step is an event that is taken, an effect that is begun, a store into a table.
-So a kill can come before an event is handled, between two marks of one effect, between marks and reply.
+`fuse` counts steps down to the next kill: a step is an event that is taken, an effect that is begun, a store into a
+table. So a kill can come before an event is handled, between two marks of one effect, between marks and reply.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TICK_S = 0.25
 REPLIES = ev.Welcome | ev.Looked | ev.Leased | ev.Allocated | ev.Sealed | ev.Refused
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 - an end, not an error
     """The fuse burnt down: the daemon is gone in the middle of what it did."""
 
 
@@ -103,7 +103,7 @@ class Daemon:
         self.settings = dataclasses.replace(self.settings, **settings)
 
     def crash(self) -> None:
-        """kill -9."""
+        """Kill -9."""
         if self.node is None:
             return
         self._log(f"daemon {self.incarnation} is killed")
@@ -243,7 +243,7 @@ class Daemon:
         self._witness.handled(event, node)
 
     def _carry_out(self, event: ev.Event, effect: ev.Effect) -> None:
-        if isinstance(effect, ev.MarkFree | ev.MarkWriting | ev.MarkSealed | ev.SaveLastUse):
+        if isinstance(effect, ev.MarkFree | ev.MarkWriting | ev.MarkSealed | ev.SaveLastUse | ev.SaveNamespaces):
             self._disk.mark(effect, self._step)
         elif isinstance(effect, REPLIES):
             self._witness.replying(event, effect)

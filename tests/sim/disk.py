@@ -4,8 +4,8 @@ Covers: what `arena.host` and the two job threads of the daemon do to files, ste
 between any two steps; what a start finds. Not here: what the bytes mean (`tests.sim.oracle`), the real formats
 (`tests/arena`).
 
-Memory is counted in *cells*; a slot is a run of cells, a cell holds whatever was stored last. A `Memory` is the data file
-without its name: processes that have it mapped keep it when the file is renamed or unlinked, and so it is here. A
+Memory is counted in *cells*; a slot is a run of cells, a cell holds whatever was stored last. A `Memory` is the data
+file without its name: processes that have it mapped keep it when the file is renamed or unlinked, and so it is here. A
 `Table` belongs to one extent number and is never used again: who has the old one mapped sees its last words for ever.
 """
 
@@ -27,13 +27,13 @@ FREE, WRITING, SEALED = 0, 1, 2
 Fields: TypeAlias = tuple[bytes, int, bytes, int]
 """(namespace, group, key, length in bytes) of a table entry."""
 
-Job: TypeAlias = ev.MakeSpare | ev.FormatExtent | ev.DropExtent | ev.SaveNamespaces
+Job: TypeAlias = ev.MakeSpare | ev.FormatExtent | ev.DropExtent
 
 
 @dataclass(slots=True, eq=False)
 class Memory:
-    """What a data file holds. `linked`: it has a name still. `mapped`: (pid, extent) of each mapping -> incarnation of the
-    daemon that handed it out. `copies` and `raised` are the oracle's: who copies, and when a reader lost which cell."""
+    """What a data file holds. `linked`: it has a name still. `mapped`: (pid, extent) of each mapping -> incarnation of
+    the daemon that handed it out. `copies` and `raised` are the oracle's: who copies, when a reader lost which cell."""
 
     cells: list[Any]
     tenant: str | None = None
@@ -130,7 +130,7 @@ class Disk:
     # --- words ------------------------------------------------------------------------------------------------------
 
     def mark(self, effect: ev.Effect, step: Callable[[], None]) -> None:
-        """Carry out a mark, `step()` before each store that a kill can come before."""
+        """Carry out what the loop does to files, `step()` before each store that a kill can come before."""
         watch = self.watcher
         match effect:
             case ev.MarkFree() | ev.MarkWriting():
@@ -146,6 +146,9 @@ class Disk:
             case ev.SaveLastUse():
                 step()
                 self.extents[effect.extent].last_use = effect.last_use.tolist()
+            case ev.SaveNamespaces():
+                step()
+                self.namespaces = effect.records
 
     def _mark_sealed(self, effect: ev.MarkSealed, step: Callable[[], None]) -> None:
         table = self.extents[effect.extent]
@@ -180,12 +183,11 @@ class Disk:
             event = self._carry_out(job)
             if queue:
                 self._schedule(queue)
-            if event is not None:
-                done(event)
+            done(event)
 
         self._kernel.after(self._rng.uniform(0, self.troubles.job_s_max), finish)
 
-    def _carry_out(self, job: Job) -> ev.Event | None:
+    def _carry_out(self, job: Job) -> ev.Event:
         chance = self._rng.random()
         match job:
             case ev.MakeSpare():
@@ -200,9 +202,6 @@ class Disk:
             case ev.DropExtent():
                 self._unlink(job.extent)
                 return ev.ExtentDropped(job.extent)
-            case ev.SaveNamespaces():
-                self.namespaces = job.records
-                return None
 
     def _number(self, extent: int) -> None:
         assert extent not in self._numbers, f"extent number {extent} is used twice"

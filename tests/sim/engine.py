@@ -1,11 +1,12 @@
 """An engine of a simulation: a session of one or several processes that stores and loads chunks of prompts.
 
-Covers: requests in several steps, copies in steps during which a process can die or stall, late seals, reconnecting with
-claims. Not here: processes and calls (`tests.sim.process`), what is right (`tests.sim.oracle`).
+Covers: requests in several steps, copies in steps during which a process can die or stall, late seals, reconnecting
+with claims. Not here: processes and calls (`tests.sim.process`), what is right (`tests.sim.oracle`).
 
-The scheduler allocates, leases, seals and releases. Every *copier* (the workers, or the scheduler if there are none) writes
-or reads its share of each chunk's cells and reports; the scheduler seals when all have reported, and aborts only then: an
-abort says that nobody writes any more. Messages inside an engine take a moment and are lost with the process they go to.
+The scheduler allocates, leases, seals and releases. Every *copier* (the workers, or the scheduler if there are none)
+writes or reads its share of each chunk's cells and reports; the scheduler seals when all have reported, and aborts only
+then: an abort says that nobody writes any more. Messages inside an engine take a moment and are lost with the process
+they go to.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Engine:
             if not self.scheduler.connected() or self.stopping:
                 continue
             self.busy += 1
-            yield from self._request()
+            yield self._request()
             self.busy -= 1
 
     def _request(self) -> Task:
@@ -199,14 +200,14 @@ class Engine:
         keys = self._prompt()
         priority = Priority.BATCH if rng.random() < habits.batch_chance else Priority.INTERACTIVE
         if rng.random() < 0.7:
-            yield from self.lookup(group, keys, request, touch=True)
-        run = yield from self.load(group, keys, request, touch=rng.random() < 0.3, prefix=rng.random() < 0.8)
+            yield self.lookup(group, keys, request, touch=True)
+        run = yield self.load(group, keys, request, touch=rng.random() < 0.3, prefix=rng.random() < 0.8)
         if rng.random() >= habits.reread_chance:
             for _ in range(rng.randint(1, habits.batches_max)):
                 batch = keys[run : run + rng.randint(1, habits.keys_max)]
                 if not batch or self.stopping:
                     break
-                yield from self.store(group, batch, request, priority)
+                yield self.store(group, batch, request, priority)
                 run += len(batch)
                 yield rng.uniform(0, habits.step_s_max)
         if request and rng.random() >= habits.forget_chance:
@@ -220,7 +221,7 @@ class Engine:
 
     def lookup(self, group: int, keys: Sequence[bytes], request: int = 0, *, touch: bool = False) -> Task:
         """States of keys, None if nobody answered."""
-        reply = yield from self.scheduler.call(
+        reply = yield self.scheduler.call(
             lambda connection, call: ev.Lookup(connection, call, group, list(keys), request, touch),
             self.habits.deadline_s,
         )
@@ -232,12 +233,12 @@ class Engine:
         self, group: int, keys: Sequence[bytes], request: int = 0, *, touch: bool = False, prefix: bool = True
     ) -> Task:
         """Lease, copy out, check, release; how long the leading run was."""
-        ticket = yield from self.lease(group, keys, request, touch=touch, prefix=prefix)
+        ticket = yield self.lease(group, keys, request, touch=touch, prefix=prefix)
         if not isinstance(ticket, OpenTicket):
             return 0
-        yield from self._rest()
-        yield from self.read(ticket)
-        yield from self._rest()
+        yield self._rest()
+        yield self.read(ticket)
+        yield self._rest()
         self.release(ticket)
         return len(ticket.states) - len(ticket.states.lstrip(bytes([KeyState.RAM])))
 
@@ -256,7 +257,7 @@ class Engine:
             ticket = self.leases[number] = OpenTicket(number, group, found, reply.slots, copy, reply.states)
             return ticket
 
-        ticket = yield from self.scheduler.call(
+        ticket = yield self.scheduler.call(
             lambda connection, call: ev.Lease(connection, call, number, group, list(keys), request, touch, prefix),
             self.habits.deadline_s,
             accept,
@@ -267,7 +268,7 @@ class Engine:
 
     def read(self, ticket: OpenTicket) -> Task:
         """Copy everything out and check; did it all hold still?"""
-        return (yield from self._copy_by_all(ticket.copy, self._copy_out))
+        return (yield self._copy_by_all(ticket.copy, self._copy_out))
 
     def release(self, ticket: OpenTicket) -> None:
         ticket.copy.over()
@@ -284,7 +285,7 @@ class Engine:
             for cell in copy.cells(at)[share[0] :: share[1]]:
                 read[at].append(table.memory.cells[cell])
                 if self.rng.random() < 0.5:
-                    yield from self._pause()
+                    yield self._pause()
         for at, table in enumerate(tables):
             slot, generation = copy.slots.slots[at], copy.slots.generations[at]
             valid = table.generations[slot] == generation
@@ -298,13 +299,13 @@ class Engine:
         self, group: int, keys: Sequence[bytes], request: int = 0, priority: Priority = Priority.INTERACTIVE
     ) -> Task:
         """Allocate, copy in, seal or abort; what the allocation said of each key, None if nobody answered."""
-        ticket = yield from self.allocate(group, keys, request, priority)
+        ticket = yield self.allocate(group, keys, request, priority)
         if not isinstance(ticket, OpenTicket):
             return None if ticket is None else getattr(ticket, "states", b"")
-        ok = yield from self.fill(ticket)
-        yield from self._rest()
+        ok = yield self.fill(ticket)
+        yield self._rest()
         if ok:
-            ok = yield from self.seal(ticket)
+            ok = yield self.seal(ticket)
         if ok:
             self._settled(ticket)
         else:
@@ -327,7 +328,7 @@ class Engine:
             ticket = self.writes[number] = OpenTicket(number, group, new, reply.slots, copy, reply.states)
             return ticket
 
-        ticket = yield from self.scheduler.call(
+        ticket = yield self.scheduler.call(
             lambda connection, call: ev.Allocate(connection, call, number, group, list(keys), request, priority),
             self.habits.deadline_s,
             accept,
@@ -338,7 +339,7 @@ class Engine:
 
     def fill(self, ticket: OpenTicket) -> Task:
         """Copy everything in; did it all go well?"""
-        return (yield from self._copy_by_all(ticket.copy, self._copy_in))
+        return (yield self._copy_by_all(ticket.copy, self._copy_in))
 
     def abort(self, ticket: OpenTicket) -> None:
         self._settled(ticket)
@@ -366,7 +367,7 @@ class Engine:
         for at, table in enumerate(tables):
             for index, cell in list(enumerate(copy.cells(at)))[share[0] :: share[1]]:
                 if self.rng.random() < 0.5:
-                    yield from self._pause()
+                    yield self._pause()
                 if gives_up and self.rng.random() < 0.3:
                     return False
                 self.city.oracle.store(copy, at, table, cell, index)
@@ -381,7 +382,7 @@ class Engine:
             if ticket.copy.lost:
                 return False
             connected = self.scheduler.connected()
-            reply = yield from self.scheduler.call(
+            reply = yield self.scheduler.call(
                 lambda connection, call: ev.Seal(connection, call, ticket.number, lengths), self.habits.deadline_s
             )
             if isinstance(reply, ev.Sealed):
@@ -422,8 +423,8 @@ class Engine:
             if copy.begin(process):
                 if copy.writes:
                     process.copying[copy.ticket] = None
-                if (yield from process.map(copy.slots.extents)):
-                    ok = yield from part(process, copy, share)
+                if (yield process.map(copy.slots.extents)):
+                    ok = yield part(process, copy, share)
             process.copying.pop(copy.ticket, None)
             copy.end(process)
             if copy.writes and process.role is Role.WORKER and self.rng.random() < self.habits.done_chance:

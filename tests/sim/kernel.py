@@ -1,7 +1,7 @@
 """The clock of a simulation: what happens when, in one fixed order, and tasks written as generators.
 
-Covers: a heap of calls by (time, order of asking), futures, tasks that sleep and wait. Not here: who the tasks belong to
-(`tests.sim.process`). Nothing here reads a real clock, a hash or an address: the same calls give the same run.
+Covers: a heap of calls by (time, order of asking), futures, tasks that sleep and wait. Not here: who the tasks belong
+to (`tests.sim.process`). Nothing here reads a real clock, a hash or an address: the same calls give the same run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Future:
             self._waiters.append(waiter)
 
 
-Task: TypeAlias = Generator["float | Future", Any, Any]
-"""Yields seconds to sleep, or a future to wait for; is sent the future's value."""
+Task: TypeAlias = Generator[Any, Any, Any]
+"""Yields seconds to sleep, a future to wait for, or another task to run to its end; is sent what came of it. (Not
+`yield from`: of tasks that never end the garbage collector must be able to take each by itself.)"""
 
 
 class Kernel:

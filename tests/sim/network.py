@@ -9,7 +9,8 @@ Ways for a `Link` to end::
     cut     everything in flight is lost both ways; each side notices some time later, the client maybe first
     crash   the daemon is killed: the same, and nobody is left to notice on its side
 
-`Link.usable` is what a client finds when it looks at its socket at that moment; its `lost` comes later, like a callback.
+`Link.usable` is what a client finds when it looks at its socket at that moment; its `lost` comes later, like a
+callback.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any, Protocol
 
 from cachesvc.core import events as ev
 from tests.sim.kernel import Future, Kernel
-
 
 ANSWER_S = 5.0
 
@@ -86,7 +86,7 @@ class Link:
         """The client's end is closed."""
         if self.usable:
             self.usable = False
-            self._up_at = self._network.later(self._up_at, lambda: self._arrive(lambda host: self._end(host)))
+            self._up_at = self._network.later(self._up_at, lambda: self._arrive(self._end))
             self.lost.resolve()
 
     def cut(self) -> None:

@@ -1,13 +1,13 @@
 """What is right, known without the node: who writes and reads which memory, what was sealed, what may be handed out.
 
-Covers: checks at every store into a table, every reply, every step of a copy. It sees what clients see (replies, tables,
-memory), what clients do, and what the daemon takes in; of the node it uses only `check_invariants` and nothing to judge by.
-Not here: what happens (`tests.sim.world`).
+Covers: checks at every store into a table, every reply, every step of a copy. It sees what clients see (replies,
+tables, memory), what clients do, and what the daemon takes in; of the node it uses only `check_invariants` and nothing
+to judge by. Not here: what happens (`tests.sim.world`).
 
 What it holds the daemon to:
 
-- a read whose generation didn't change has exactly the bytes that one client wrote completely and sealed under that key,
-  in that namespace and tenant, with the length that it said
+- a read whose generation didn't change has exactly the bytes that one client wrote completely and sealed under that
+  key, in that namespace and tenant, with the length that it said
 - memory is freed, handed out or moved only when no living process may still write it, and nobody reads it under a lease
 - a word changes only along the arrows of `core.slots`, with the generation that the arrow asks for
 - RAM, PRESENT and leases name exactly what the tables hold sealed: a sealed chunk is found, restart or not
@@ -17,10 +17,10 @@ What it holds the daemon to:
 - what may be evicted: nothing of the same request, nothing of a higher priority; nothing leaves its tenant
 - an extent is made only while files and mappings of unlinked files leave room for it
 
-Excused, because the design says so (`Oracle.excuses`): time may free memory of a writer that gave no pidfd, or that hasn't
-named its ticket to a restarted daemon, `quarantine_s` later; a lease that wasn't named within the grace time is lost. A
-restart also forgets which memory rests after a reader lost it: more than `REUSE_S` isn't promised across a crash.
-A writer that is excused this way is killed before it can write on: its bytes would be nobody's fault.
+Excused, because the design says so (`Oracle.excuses`): time may free memory of a writer that gave no pidfd, or that
+hasn't named its ticket to a restarted daemon, `quarantine_s` later; a lease that wasn't named within the grace time is
+lost. A restart also forgets which memory rests after a reader lost it: more than `REUSE_S` isn't promised across a
+crash. A writer that is excused this way is killed before it can write on: its bytes would be nobody's fault.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Place: TypeAlias = tuple[int, int]
 """(extent, slot)."""
 
 
-class Wrong(AssertionError):
+class Wrong(AssertionError):  # noqa: N818 - a verdict
     """The daemon did what it must not."""
 
 
@@ -237,7 +237,9 @@ class Oracle:
         if self.disk.extents.get(table.extent) is not table:
             self._wrong(f"extent {table.extent} went while {copy.engine.name} may write slot {slot}")
         if (table.generations[slot], table.states[slot]) != (generation, WRITING):
-            self._wrong(f"slot {slot} of extent {table.extent} isn't {copy.engine.name}'s any more, and it writes there")
+            self._wrong(
+                f"slot {slot} of extent {table.extent} isn't {copy.engine.name}'s any more, and it writes there"
+            )
         table.memory.cells[cell] = copy.writes[at], index
 
     def loaded(self, copy: Copy, at: int, share: tuple[int, int], read: Sequence[Any], valid: bool) -> None:
@@ -448,8 +450,14 @@ class Oracle:
                 at = next(rows)
                 given = leased.slots.extents[at], leased.slots.slots[at], leased.slots.generations[at]
                 fields = table.valid(slot)
-                if given != (extent, slot, table.generations[slot]) or fields is None or fields[3] != leased.lengths[at]:
-                    self._wrong(f"the lease of {name} names {given} of {leased.lengths[at]} bytes, it is at {extent, slot}")
+                if (
+                    given != (extent, slot, table.generations[slot])
+                    or fields is None
+                    or fields[3] != leased.lengths[at]
+                ):
+                    self._wrong(
+                        f"the lease of {name} names {given} of {leased.lengths[at]} bytes, it is at {extent, slot}"
+                    )
 
     def _allocated(self, engine: Engine, event: ev.Allocate, effect: ev.Allocated) -> None:
         rows = iter(zip(effect.slots.extents, effect.slots.slots, effect.slots.generations, strict=True))

@@ -1,7 +1,7 @@
 """A client process: alive or dead, running or stalled, with what it has mapped and its one control connection.
 
-Covers: tasks that end with the process, calls with deadlines, staying connected as `client.keeper` and `client.channel` do,
-mapping extents. Not here: what an engine does with it (`tests.sim.engine`).
+Covers: tasks that end with the process, calls with deadlines, staying connected as `client.keeper` and `client.channel`
+do, mapping extents. Not here: what an engine does with it (`tests.sim.engine`).
 
 What a client owes the daemon, kept here and in `tests.sim.engine`:
 
@@ -15,7 +15,7 @@ What a client owes the daemon, kept here and in `tests.sim.engine`:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 from cachesvc.core import events as ev
@@ -61,29 +61,38 @@ class Process:
 
     def run(self, task: Task) -> None:
         """Run a task until it ends or the process does."""
-        self._resume(task, None)
+        self._resume([task], None)
 
-    def _resume(self, task: Task, value: Any) -> None:
+    def _resume(self, tasks: list[Task], value: Any) -> None:
+        """Go on with the last of `tasks`; each of the others waits for the next one."""
         if not self.alive:
             return
         if self.kernel.now < self.stalled_until:
-            self.kernel.at(self.stalled_until, lambda: self._resume(task, value))
+            self.kernel.at(self.stalled_until, lambda: self._resume(tasks, value))
             return
-        try:
-            step = task.send(value)
-        except StopIteration:
+        while tasks:
+            try:
+                step = tasks[-1].send(value)
+            except StopIteration as end:
+                tasks.pop()
+                value = end.value
+                continue
+            value = None
+            if isinstance(step, Generator):
+                tasks.append(step)
+                continue
+            if isinstance(step, Future):
+                step.then(lambda answer: self._resume(tasks, answer))
+            else:
+                self.kernel.after(step, lambda: self._resume(tasks, None))
             return
-        if isinstance(step, Future):
-            step.then(lambda answer: self._resume(task, answer))
-        else:
-            self.kernel.after(step, lambda: self._resume(task, None))
 
     def stall(self, seconds: float) -> None:
         """Wedged: it lives, and does nothing for a while."""
         self.stalled_until = max(self.stalled_until, self.kernel.now + seconds)
 
     def die(self) -> None:
-        """kill -9, or the end of a process that had nothing more to do."""
+        """Kill -9, or the end of a process that had nothing more to do."""
         if not self.alive:
             return
         self.alive = False
@@ -124,11 +133,11 @@ class Process:
         deadline_s: float,
         accept: Callable[[Any], Any] = lambda reply: reply,
     ) -> Task:
-        """The reply, None if there is none in time. `make(connection, call)`; `accept` makes the answer of the reply the
-        moment it is in the socket: a stalled process reads it there when it wakes, before anything else."""
+        """The reply, None if there is none in time. `make(connection, call)`; `accept` makes the answer of the reply
+        the moment it is in the socket: a stalled process reads it there when it wakes, before anything else."""
         if not self.connected() or self.link is None:
             return None
-        return (yield from self._call_on(self.link, make, deadline_s, accept))
+        return (yield self._call_on(self.link, make, deadline_s, accept))
 
     def _call_on(
         self,
@@ -158,7 +167,7 @@ class Process:
     def stay_connected(self) -> Task:
         """The background thread."""
         while True:
-            if (yield from self._connect()):
+            if (yield self._connect()):
                 assert self.link is not None
                 self._flush_later()
                 yield self.link.lost
@@ -179,7 +188,7 @@ class Process:
         self.engine.city.oracle.connecting(link.number, self)
         writes, leases = self.engine.claims(self)
         engine, role = self.engine, self.role
-        welcome = yield from self._call_on(
+        welcome = yield self._call_on(
             link,
             lambda connection, call: ev.Hello(
                 connection=connection,
@@ -211,7 +220,7 @@ class Process:
         """Are these extents mapped, now or after asking?"""
         wanted = set(extents)
         if not wanted <= self.mapped.keys():
-            yield from self.refresh_extents()
+            yield self.refresh_extents()
         return wanted <= self.mapped.keys()
 
     def refresh_extents(self) -> Task:

@@ -1,7 +1,8 @@
 """Writers that are killed: wherever it strikes, the chunk is a miss or whole, and the memory comes back.
 
-10,000 rounds of an engine that comes, allocates, copies and is killed at a random moment, while another engine looks on.
-The oracle watches every store: memory comes back when the last process that may write it is known to be dead, not before.
+10,000 rounds of an engine that comes, allocates, copies and is killed at a random moment, while another engine looks
+on. The oracle watches every store: memory comes back when the last process that may write it is known to be dead, not
+before.
 """
 
 from __future__ import annotations

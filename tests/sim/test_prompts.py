@@ -1,4 +1,4 @@
-"""Prompts and their prefixes: what can be read is a leading run, and a prompt too long for the arena keeps what fits."""
+"""Prompts and their prefixes: what can be read is a leading run; a prompt too long for the arena keeps what fits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_a_prompt_that_grows_step_by_step_pushes_out_others_only() -> None:
         world.do(mine.store(0, prompt("mine", length), length), mine.scheduler)
         states = world.do(mine.lookup(0, prompt("mine", length)), mine.scheduler)
         assert leading_run(states) == min(length, 16)
-        mine.scheduler.tell(lambda connection, length=length: ev.EndRequests(connection, (length,)))  # type: ignore[misc]
+        ended = (length,)
+        mine.scheduler.tell(lambda connection, ended=ended: ev.EndRequests(connection, ended))  # type: ignore[misc]
 
 
 def test_a_key_dropped_from_the_middle_ends_the_run_there() -> None:

@@ -1,8 +1,8 @@
 """One simulated node: a daemon, its files, its network and its engines, wired together and watched by the oracle.
 
-Covers: the wiring, the log by which two runs are compared, running scripts, checking that nothing is left. Not here: the
-parts (`tests.sim`: `kernel`, `disk`, `network`, `daemon`, `process`, `engine`), what is right (`tests.sim.oracle`), what
-goes wrong at random (`tests.sim.chaos`).
+Covers: the wiring, the log by which two runs are compared, running scripts, checking that nothing is left. Not here:
+the parts (`tests.sim`: `kernel`, `disk`, `network`, `daemon`, `process`, `engine`), what is right (`tests.sim.oracle`),
+what goes wrong at random (`tests.sim.chaos`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Place:
     quarantine_s: float = 600.0
     grace_s: float = 5.0
     tenants: tuple[TenantQuota, ...] = (TenantQuota("red"),)
-    delays: Delays = Delays()
-    troubles: Troubles = Troubles()
+    delays: Delays = Delays()  # noqa: RUF009 - frozen
+    troubles: Troubles = Troubles()  # noqa: RUF009 - frozen
 
     def settings(self) -> NodeSettings:
         return NodeSettings(
@@ -133,7 +133,7 @@ class World:
         return engine
 
     def store_all(self, engine: Engine, keys: list[bytes], priority: Priority = Priority.INTERACTIVE) -> None:
-        """Store keys, a few at a time and again while the daemon says RETRY; AssertionError if it says that for long."""
+        """Store keys, a few at a time and again on RETRY; AssertionError if it says that for long."""
         for at in range(0, len(keys), 2):
             for _ in range(100):
                 states = self.do(engine.store(0, keys[at : at + 2], 0, priority), engine.scheduler)
@@ -148,7 +148,7 @@ class World:
         ended = Future()
 
         def script() -> Task:
-            ended.resolve((yield from task))
+            ended.resolve((yield task))
 
         process.run(script())
         return ended
