@@ -29,7 +29,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off --q
 SOURCES := cachesvc tests $(if $(wildcard bench/*.py),bench) $(wildcard node-agent/node_agent)
 BENCHES := arena_bandwidth lookup_latency scaling memory_per_chunk restart
 
-.PHONY: help venv check format test test-unit bench bench-env-lmcache clean
+.PHONY: help venv check format test test-unit bench redis bench-env-lmcache clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -63,17 +63,19 @@ format: $(VENV_MARK) ## mend what can be mended by itself
 test-unit: $(VENV_MARK) ## what needs no root and little time
 	@$(BIN)/python -m pytest -m 'not slow and not root'
 
-test: $(VENV_MARK) ## everything, one after another
+test: $(VENV_MARK) redis ## everything, one after another
 	@$(BIN)/python -m pytest --durations 10
 
-bench: $(VENV_MARK) ## every question of bench/, best on an idle machine
-	@command -v redis-server >/dev/null || apt-get install -qq -y --no-install-recommends redis-server \
-	    || echo 'Redis is not installed, its rows will say so (apt-get install redis-server)'
+bench: $(VENV_MARK) redis ## every question of bench/, best on an idle machine
 	@test -e $(LMCACHE_MARK) || echo 'LMCache is not installed, its rows will say so (make bench-env-lmcache)'
 	@for bench in $(BENCHES); do \
 	    echo "== bench/$$bench.py"; \
 	    OMP_NUM_THREADS=1 CACHESVC_BENCH_LMCACHE=$(LMCACHE) $(BIN)/python -m bench.$$bench; \
 	done
+
+redis: ## a peer of bench, and of its tests
+	@command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server; } \
+	    || echo 'Redis is not installed, its rows will say so (apt-get install redis-server)'
 
 bench-env-lmcache: $(LMCACHE_MARK) ## LMCache for bench, some 2 GB, outside of the checkout
 	@echo $(LMCACHE)/bin/python

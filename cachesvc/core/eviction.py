@@ -317,6 +317,11 @@ class Eviction:
     def is_ghost(self, digest: int) -> bool:
         return self._columns.ghosts.find(digest) != 0
 
+    @property
+    def ghosts(self) -> int:
+        """How many keys are remembered."""
+        return self._columns.ghosts.total
+
     def resize(self, capacity: int) -> None:
         for level in self._levels:
             level.resize(capacity)

@@ -73,6 +73,14 @@ class Space:
         """64 bits that stand for the key in the policy's ghosts; spaces of one class must not collide."""
         return xxhash.xxh3_64_intdigest(key, self.number)
 
+    def absent_state_of_all(self) -> KeyState | None:
+        """Why keys aren't in `sealed`, if that is the same for all; None = ask for each."""
+        if self.writing:
+            return None
+        if self.new:
+            return KeyState.NAMESPACE_NEW
+        return None if self.slab.eviction.ghosts else KeyState.NEVER_STORED
+
     def absent_state(self, key: bytes) -> KeyState:
         """Why a key isn't in `sealed`."""
         if key in self.writing:

@@ -8,6 +8,10 @@ no extent moves, while sessions come back and name their leases. Every slot foun
 quarantined: a session that names it (extent, slot, generation) in its Hello owns it again, and `quarantine_s` after the
 start time frees the rest: the one case where time frees a slot whose writer had a pidfd. A write that was claimed and
 is then lost again waits as long: processes that haven't come back yet may still be at it.
+
+A lease that nobody named has ended unseen, so its slot can't be tainted (`core.slots`): nobody knows which. Its reader
+is safe all the same: a new owner writes only after a message has come to it, which takes a thousand times as long as a
+core may reorder the reader's last load of the generation.
 """
 
 from __future__ import annotations

@@ -97,8 +97,11 @@ class Transfers:
         found = list(map(space.sealed.get, keys))
         if None not in found:
             return _RAM * len(keys), found
-        absent = space.absent_state
         ram = KeyState.RAM
+        why = space.absent_state_of_all()
+        if why is not None:
+            return bytes([why if n is None else ram for n in found]), found
+        absent = space.absent_state
         return bytes([absent(key) if n is None else ram for key, n in zip(keys, found, strict=True)]), found
 
     def arrive(self, session: Session, space: Space, number: int, found: Sequence[int | None], now: float) -> None:
@@ -197,7 +200,7 @@ class Transfers:
         session, space = ticket.session, ticket.space
         slab = space.slab
         line = session.request(ticket.request).line(slab)
-        if now >= line.refresh_at:
+        if line.slots and now >= line.refresh_at:
             self._refresh(line, now)
         # all of them before the first slot is sought: none may be evicted for another
         session.note(line, line.missing(map(space.sealed.get, keys)))

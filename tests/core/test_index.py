@@ -136,6 +136,26 @@ def test_why_a_key_is_absent() -> None:
     assert space.absent_state(keys(PER)[-1]) is KeyState.PENDING
 
 
+def test_why_all_absent_keys_are_absent() -> None:
+    d = Driven(1, eviction="lru")
+    d.hello(1)
+    namespace = d.node.index.find("t", SPACE)
+    assert namespace is not None
+    space = namespace.spaces[0]
+
+    def why() -> tuple[KeyState | None, set[KeyState]]:
+        some = [*keys(PER + 2), b"x"]
+        return space.absent_state_of_all(), {space.absent_state(key) for key in some if key not in space.sealed}
+
+    assert why() == (KeyState.NAMESPACE_NEW, {KeyState.NAMESPACE_NEW})
+    d.allocate(1, 5, keys(1))
+    assert why() == (None, {KeyState.PENDING, KeyState.NAMESPACE_NEW})
+    d.seal(1, 5, 1)
+    assert why() == (KeyState.NEVER_STORED, {KeyState.NEVER_STORED})
+    d.store(1, keys(PER, 1))
+    assert why() == (None, {KeyState.NEVER_STORED, KeyState.EVICTED})
+
+
 def test_forgetting_a_slot_that_is_not_indexed_is_a_bug() -> None:
     d = Driven(1)
     d.hello(1)
