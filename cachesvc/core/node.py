@@ -279,17 +279,19 @@ class Node:
     def _lookup(self, event: ev.Lookup, now: float, out: list[ev.Effect]) -> None:
         session = self._session(event.connection)
         space = self._space(session, event.group, event.keys)
-        states, found = self.transfers.states(space, event.keys)
         if event.touch:
+            states, found = self.transfers.find(space, event.keys)
             self.transfers.arrive(session, space, event.request, found, now)
             self.transfers.count(space, states, len(event.keys))
+        else:
+            states = self.transfers.look(space, event.keys)
         out.append(ev.Looked(event.connection, event.call, states))
 
     def _lease(self, event: ev.Lease, now: float, out: list[ev.Effect]) -> None:
         session = self._scheduler(event.connection)
         space = self._space(session, event.group, event.keys)
         self._new_ticket(session, event.ticket)
-        states, found = self.transfers.states(space, event.keys)
+        states, found = self.transfers.find(space, event.keys)
         if event.touch:
             self.transfers.arrive(session, space, event.request, found, now)
         states, slots = self.transfers.lease(session, event.ticket, space, states, found, prefix=event.prefix)

@@ -35,6 +35,7 @@ REFRESH_SLOT_S: Final = 1e-3
 was moved: that costs 1 us a slot, and the order among them is right without."""
 
 _RAM = bytes([KeyState.RAM])
+_ABSENT = bytes(1)
 
 
 class Marks:
@@ -92,17 +93,27 @@ class Transfers:
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    def states(self, space: Space, keys: list[bytes]) -> tuple[bytes, list[int | None]]:
+    def look(self, space: Space, keys: list[bytes]) -> bytes:
+        """One `KeyState` byte a key. Asks for no slot numbers: a quarter of a lookup's time goes into touching them."""
+        return self._explain(space, keys, bytes(map(space.sealed.__contains__, keys)))
+
+    def find(self, space: Space, keys: list[bytes]) -> tuple[bytes, list[int | None]]:
         """One `KeyState` byte a key, and the slot numbers."""
         found = list(map(space.sealed.get, keys))
         if None not in found:
             return _RAM * len(keys), found
-        ram = KeyState.RAM
+        return self._explain(space, keys, bytes([n is not None for n in found])), found
+
+    @staticmethod
+    def _explain(space: Space, keys: list[bytes], present: bytes) -> bytes:
+        """States of keys; `present` has a byte of each: 1, which is KeyState.RAM, or 0, which becomes a reason."""
+        if 0 not in present:
+            return present
         why = space.absent_state_of_all()
         if why is not None:
-            return bytes([why if n is None else ram for n in found]), found
+            return present.replace(_ABSENT, bytes([why]))
         absent = space.absent_state
-        return bytes([absent(key) if n is None else ram for key, n in zip(keys, found, strict=True)]), found
+        return bytes([state or absent(key) for key, state in zip(keys, present, strict=True)])
 
     def arrive(self, session: Session, space: Space, number: int, found: Sequence[int | None], now: float) -> None:
         """The arrival of a request: each resident chunk of it is touched once, deepest coldest: that is to go first.
