@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -235,11 +236,26 @@ def answer(measure: Callable[[argparse.Namespace], Report], parser: argparse.Arg
     options = parser.parse_args()
     # servers and shared memory are given back on the way out
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    busy, own, started = cpu_seconds_of_machine(), cpu_seconds_of_ours(), time.monotonic()
     report = measure(options)
+    others = cpu_seconds_of_machine() - busy - (cpu_seconds_of_ours() - own)
+    report.machine["cores_used_by_others"] = round(max(0.0, others) / (time.monotonic() - started), 2)
     if options.json:
         print(report.to_json())
     else:
         show(report)
+
+
+def cpu_seconds_of_machine() -> float:
+    """What all cores were busy with so far."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, _lines("/proc/stat")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds_of_ours() -> float:
+    """What this process and those of its children that have ended were busy with."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -88,8 +88,11 @@ class Driver:
         return {"seconds": seconds, "count": len(requests)}
 
     def _present(self, sequence: int) -> bool:
+        """Is it there? It's retrieved, too: a lookup alone keeps the chunks from being evicted for minutes."""
         request = self._client.create_request(sequence, f"check-{sequence}", "check")
         hit = bool(self._client.lookup(request).is_full_hit)
+        if hit:
+            check([self._client.retrieve(request, 0, self._tokens)])
         self._client.end_session(request)
         return hit
 
