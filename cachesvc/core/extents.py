@@ -47,6 +47,11 @@ MOVE_PATIENCE_S: Final = 10.0
 MOVE_REST_S: Final = 10.0
 """A class that got an extent of another gives none away for so long, however uneven the load is meanwhile."""
 
+BURSTS_AHEAD: Final = 2
+EXTENTS_AHEAD_MAX: Final = 4
+"""A class is given extents until it has room for so many allocations as large as they were of late: an engine stores
+what a step computed in one go, and a chunk that finds no room then makes everything behind it useless."""
+
 CLASSES_PER_TENANT_MAX: Final = 256
 
 
@@ -264,8 +269,8 @@ class Extents:
                 self._move_to(slab, now, out)
 
     def offer(self, slab: SlabClass, out: list[Effect]) -> None:
-        """Give the class a spare if there is one, it wants one and its tenant may have it."""
-        if self.spares and self._wants(slab) and self._quotas.may_grow(slab.tenant, self.counts()):
+        """Give the class spares as long as there are any, it wants one and its tenant may have it."""
+        while self.spares and self._wants(slab) and self._quotas.may_grow(slab.tenant, self.counts()):
             self._format(self.spares.pop(0), slab, out)
 
     def _shrink(self, now: float, out: list[Effect]) -> None:
@@ -296,9 +301,12 @@ class Extents:
         return not slab.used_extents() and (self.soon(slab) or not self.growing)
 
     def _wants(self, slab: SlabClass) -> bool:
-        if slab.coming or not self._sessions.connected(slab):
+        """Is what is free, or soon will be, less than an engine may ask for while the next extent is being made?"""
+        if not self._sessions.connected(slab):
             return False
-        return slab.free_slots < max(1, slab.slots_per_extent // 2)
+        ahead = min(BURSTS_AHEAD * slab.burst, EXTENTS_AHEAD_MAX * slab.slots_per_extent)
+        coming = slab.coming * slab.slots_per_extent
+        return slab.free_slots + coming < max(1, slab.slots_per_extent // 2, ahead)
 
     def _format(self, source: int, slab: SlabClass, out: list[Effect]) -> None:
         number = self._take_number()

@@ -102,6 +102,8 @@ class SlabClass:
         self.limbo: deque[tuple[float, int]] = deque()
         self.coming = 0
         """Extents being formatted for this class."""
+        self.burst = 0
+        """The most slots that one allocation asked for, of late."""
         self.evicted_at = float("-inf")
         """When this class last evicted a chunk for want of room, or found all in use, and when that chunk had last been
         used: now, if it is in use."""

@@ -245,7 +245,9 @@ class Transfers:
         if ticket.slots:
             session.writes[ticket.number] = ticket
             session.holding(slab).writing += len(ticket.slots)
-        space.namespace.counts.refused += sum(1 for state in states if state >= AllocateState.RETRY)
+        refused = sum(1 for state in states if state >= AllocateState.RETRY)
+        slab.burst = max(len(ticket.slots) + refused, slab.burst - slab.burst // 8)
+        space.namespace.counts.refused += refused
         marks.flush(out)
         for extent, slots, some in by_extent(slab, ticket.slots):
             out.append(MarkWriting(extent, slots, generations_of(slab, some)))

@@ -10,7 +10,7 @@ from cachesvc.core import events as ev
 from cachesvc.core.extents import MOVE_PATIENCE_S, MOVE_REST_S, PRESSURE_S, RETRY_MAKING_S
 from cachesvc.core.quota import TenantQuota
 from cachesvc.core.slots import REUSE_DELAY_S
-from cachesvc.types import KeyState, Priority
+from cachesvc.types import AllocateState, KeyState, Priority
 from tests.support.nodes import (
     CALL,
     CHUNK,
@@ -78,11 +78,27 @@ def test_a_class_grows_before_it_is_full() -> None:
     d = Driven(2, auto=False)
     d.hello(1)
     d.finish_all()
-    out = d.do(ev.Allocate(1, CALL, 5, 0, keys(PER // 2), 0, Priority.INTERACTIVE))
-    assert not of(ev.FormatExtent, out)
-    out = d.do(ev.Allocate(1, CALL, 6, 0, keys(1, 50), 0, Priority.INTERACTIVE))
+    for number, key in enumerate(keys(PER // 2)):
+        out = d.do(ev.Allocate(1, CALL, 5 + number, 0, [key], 0, Priority.INTERACTIVE))
+        assert not of(ev.FormatExtent, out)
+    out = d.do(ev.Allocate(1, CALL, 50, 0, keys(1, 50), 0, Priority.INTERACTIVE))
     assert isinstance(out[-2], ev.Allocated), "the reply doesn't wait"
     assert isinstance(out[-1], ev.FormatExtent)
+
+
+def test_a_class_has_room_for_two_more_allocations_as_large_as_the_last() -> None:
+    d = Driven(8, auto=False)
+    d.hello(1)
+    d.finish_all()
+    assert sizes(d) == {CHUNK: 1}
+    refused = d.allocate(1, 5, keys(2 * PER))
+    d.finish_all()
+    assert sizes(d) == {CHUNK: 5}, "PER are taken, 4 * PER are free"
+    assert refused.states.count(AllocateState.RETRY) == PER
+    for number in range(12):
+        d.do(ev.Allocate(1, CALL, 10 + number, 0, keys(1, 1000 + number), 0, Priority.INTERACTIVE))
+    d.finish_all()
+    assert sizes(d) == {CHUNK: 5}, "nobody asks for so much any more"
 
 
 def test_classes_of_nobody_get_nothing() -> None:
@@ -555,7 +571,8 @@ def test_damage_under_a_wedged_lease_stops_no_move() -> None:
 def test_a_smaller_arena_gives_up_spares_first_and_no_more_than_it_must() -> None:
     d = Driven(5)
     d.hello(1)
-    d.store(1, keys(PER - 1))
+    for key in keys(PER - 1):
+        d.store(1, [key])
     d.after(1.0)
     assert (sizes(d), len(d.node.extents.spares)) == ({CHUNK: 2}, 3)
     d = d.restarted(extents_max=3)
