@@ -296,6 +296,13 @@ class Extents:
         coming = bool(self.spares) or self.making is not None
         return coming and self.growing and self._quotas.may_grow(slab.tenant, self.counts())
 
+    def growth(self, slab: SlabClass) -> int:
+        """Slots that the class may get beside those it has, without taking any from another."""
+        unused = self._quotas.extents_max - self.total() + len(self.spares) + (self.making is not None)
+        if unused > 0:
+            unused = min(unused, self._quotas.left(slab.tenant, self.counts()))
+        return (slab.coming + max(0, unused)) * slab.slots_per_extent
+
     def awaited(self, slab: SlabClass) -> bool:
         """Has the class no extent, and is the first on its way?"""
         return not slab.used_extents() and (self.soon(slab) or not self.growing)

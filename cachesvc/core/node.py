@@ -62,7 +62,7 @@ class Node:
         self.extents = Extents(
             self.index, self.sessions, self.quotas, settings.extent_bytes, settings.eviction, next_extent
         )
-        self.transfers = Transfers(self.index, self.sessions, self.extents.soon)
+        self.transfers = Transfers(self.index, self.sessions, self.extents.soon, self.extents.growth)
         self.restoration = Restoration(self.index, self.extents)
         self._quarantined: dict[WriteTicket, None] = {}
         """An ordered set: a run with the same events does the same."""

@@ -38,12 +38,13 @@ class Quotas:
         return used.get(tenant, 0) < self._min[tenant]
 
     def may_grow(self, tenant: str, used: Mapping[str, int]) -> bool:
-        """May it have one more extent? Not above its maximum, and not out of what others are guaranteed but lack."""
-        mine = used.get(tenant, 0)
-        if mine >= self._max[tenant]:
-            return False
+        """May it have one more extent?"""
+        return self.left(tenant, used) > 0
+
+    def left(self, tenant: str, used: Mapping[str, int]) -> int:
+        """How many more extents may it have? At most its maximum, and nothing that others are guaranteed but lack."""
         owed = sum(max(0, least - used.get(name, 0)) for name, least in self._min.items() if name != tenant)
-        return self.extents_max - sum(used.values()) - 1 >= owed
+        return min(self._max[tenant] - used.get(tenant, 0), self.extents_max - sum(used.values()) - owed)
 
     def may_receive(self, tenant: str, used: Mapping[str, int]) -> bool:
         """May an extent of another tenant move to it?"""

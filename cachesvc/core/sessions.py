@@ -259,11 +259,14 @@ class Sessions:
         """How many connected sessions use this class."""
         return self._connected[slab]
 
-    def room(self, session: Session, slab: SlabClass, taken: int) -> int:
+    def room(self, session: Session, slab: SlabClass, taken: int, growth: int) -> int:
         """How many slots of a class the session may take beside the `taken` ones that it has in leases, or in writing:
         while another session is connected, half of the class in each and three quarters in both together, so that a
-        wedged holder starves nobody; alone, all of it. Less than 0 if it has too many already."""
-        slots = slab.slot_count
+        wedged holder starves nobody; alone, all of it. Less than 0 if it has too many already.
+
+        Of the class as large as it may become: as long as it may grow by `growth` slots, nobody is starved.
+        """
+        slots = slab.slot_count + growth
         others = self._connected[slab] - (1 if session.connections else 0)
         if others <= 0:
             return slots - taken

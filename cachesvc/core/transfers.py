@@ -82,14 +82,21 @@ def slot_run(slab: SlabClass, numbers: Sequence[int]) -> SlotRun:
 
 
 class Transfers:
-    """Moves slots for sessions. Owned by the node; `may_evict` is False in the grace time after a restart, and
-    `more_soon` says that a class gets an extent in a moment."""
+    """Moves slots for sessions. Owned by the node; `may_evict` is False in the grace time after a restart, `more_soon`
+    says that a class gets an extent in a moment, `growth` how many slots it may get without taking any from others."""
 
-    def __init__(self, index: Index, sessions: Sessions, more_soon: Callable[[SlabClass], bool]) -> None:
+    def __init__(
+        self,
+        index: Index,
+        sessions: Sessions,
+        more_soon: Callable[[SlabClass], bool],
+        growth: Callable[[SlabClass], int],
+    ) -> None:
         self.index = index
         self.sessions = sessions
         self.may_evict = True
         self._more_soon = more_soon
+        self._growth = growth
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +173,7 @@ class Transfers:
         held = session.holding(slab)
         if not session.room_for_tickets() or held.leased_keys + len(slots) > LEASED_KEYS_PER_SESSION_MAX:
             return set(slots)
-        room = self.sessions.room(session, slab, len(held.leases))
+        room = self.sessions.room(session, slab, len(held.leases), self._growth(slab))
         if len(slots) <= room:
             return set()
         more = dict.fromkeys(n for n in slots if n not in held.leases)
@@ -217,7 +224,7 @@ class Transfers:
         session.note(line, line.missing(map(space.sealed.get, keys)))
         marks = Marks()
         may_evict = self.may_evict and not self._more_soon(slab)
-        room = self.sessions.room(session, slab, session.holding(slab).writing)
+        room = self.sessions.room(session, slab, session.holding(slab).writing, self._growth(slab))
         states = bytearray()
         closed: AllocateState | None = None
         for key in keys:

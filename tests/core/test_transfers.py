@@ -285,6 +285,17 @@ def test_beside_another_a_session_holds_half() -> None:
     assert list(d.lease(1, 4, keys(1, half)).states) == [RAM]
 
 
+def test_beside_another_a_session_may_hold_half_of_what_the_class_can_become() -> None:
+    """Two engines and an empty arena: a class began with one extent, and a prompt found room for half of that."""
+    d = Driven(4, auto=False)
+    d.hello(1)
+    d.hello(2, session=OTHER)
+    d.finish_all()
+    assert d.store(1, keys(PER)) == [NEW] * PER, "one extent is there, three are spare"
+    d.finish_all()
+    assert list(d.lease(2, 50, keys(PER)).states) == [RAM] * PER
+
+
 def test_half_in_leases_and_half_in_writing_are_not_everything() -> None:
     """Else one wedged session that reads and writes at the same time would starve all others."""
     d = one_extent()
