@@ -27,7 +27,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
@@ -37,8 +37,8 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
-EXTENT_BYTES_MIN: Final = 4 * KIB
-"""One page; a smaller extent could not hold a slot."""
+EXTENT_BYTES_MIN: Final = 64 * KIB
+"""Each extent costs every client two mappings; and a chunk has half of one at the most."""
 
 EXTENTS_MIN: Final = 2
 """With one extent nothing could ever move between slab classes."""
@@ -53,6 +53,9 @@ SECONDS_MAX: Final = 7 * 24 * 3600
 """Longer than any client stays wedged; a larger number is a slip of the pen."""
 
 PORT_MAX: Final = 65535
+
+CONFIG_BYTES_MAX: Final = MIB
+"""A config has some lines; this is a device, or another file."""
 
 POLICIES: Final = ("arc", "lru")
 
@@ -230,6 +233,25 @@ def _root(environ: Mapping[str, str], uid: int) -> Path | None:
     return Path(home) / ".local/share/cachesvc" if home.startswith("/") else None
 
 
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where this user keeps what can be made again: `$XDG_CACHE_HOME/cachesvc`, else `~/.cache/cachesvc`."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path(environ.get("HOME", "/")) / ".cache") / "cachesvc"
+
+
+def hash_seed(environ: Mapping[str, str] = os.environ) -> str:
+    """What vLLM seeds its block hashes with; `none` if nothing is set."""
+    return environ.get("PYTHONHASHSEED", "none")
+
+
+def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a child process: ours with `changes`; PYTHONPATH is put before ours."""
+    child = {**environ, **changes}
+    if "PYTHONPATH" in changes and environ.get("PYTHONPATH"):
+        child["PYTHONPATH"] = os.pathsep.join((changes["PYTHONPATH"], environ["PYTHONPATH"]))
+    return child
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +283,22 @@ def load(
     _check_times(config)
     _check_sockets(config)
     return config
+
+
+def check_extents(config: Config, extent_bytes: int) -> None:
+    """ConfigError if the tenants' shares don't fit an arena that was made with extents of this size."""
+    if config.extent_bytes is not None:
+        return
+    try:
+        made = replace(config, extent_bytes=extent_bytes)
+        _check_memory(made)
+        _check_tenants(made)
+    except ConfigError as error:
+        size = _shown(default_extent_bytes(config.ram_bytes))
+        raise ConfigError(
+            f"{error}; the arena was made with extents of {_shown(extent_bytes)}: with extent_bytes: {size} it is made "
+            f"anew, empty"
+        ) from error
 
 
 def effective(config: Config) -> str:
@@ -308,7 +346,11 @@ def _read_file(path: Path) -> dict[str, object]:
             return super().construct_mapping(node, deep)
 
     try:
-        content = Loader(path.read_text(encoding="utf-8")).get_single_data()
+        with path.open("rb") as file:
+            body = file.read(CONFIG_BYTES_MAX + 1)
+        if len(body) > CONFIG_BYTES_MAX:
+            raise ConfigError(f"config {path}: more than {format_size(CONFIG_BYTES_MAX)}; name a file of settings")
+        content = Loader(body.decode("utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}; --config needs a file that can be read") from error
     except UnicodeDecodeError as error:
@@ -462,7 +504,7 @@ def _check_memory(config: Config) -> None:
     """An extent is a power of two, and there are enough of them."""
     asked = config.extent_bytes
     if asked is not None and asked < EXTENT_BYTES_MIN:
-        _refuse("extent_bytes", asked, f"smaller than a page; at least {_shown(EXTENT_BYTES_MIN)} would do")
+        _refuse("extent_bytes", asked, f"too small to hold chunks; at least {_shown(EXTENT_BYTES_MIN)} would do")
     if asked is not None and asked.bit_count() != 1:
         below = 1 << (asked.bit_length() - 1)
         _refuse("extent_bytes", asked, f"not a power of two; {_shown(below)} or {_shown(2 * below)} would do")

@@ -22,10 +22,14 @@ from cachesvc.config import (
     Config,
     Http,
     Tenant,
+    cache_dir,
+    check_extents,
+    child_environment,
     client_address,
     default_extent_bytes,
     effective,
     format_size,
+    hash_seed,
     load,
     parse_size,
 )
@@ -249,8 +253,8 @@ WRONG_VALUES = [
     ("ram_bytes: 31MiB", "holds less than 2 extents of 16MiB (one a tenant, 2 in any case); at least 32MiB"),
     ("{ram_bytes: 1GiB, extent_bytes: 1GiB}", "at least 2GiB would do, or a smaller extent_bytes"),
     ("{ram_bytes: 32MiB, tenants: [{name: a}, {name: b}, {name: c}]}", "less than 3 extents of 16MiB"),
-    ("extent_bytes: 2KiB", "extent_bytes = 2KiB: smaller than a page; at least 4KiB would do"),
-    ("extent_bytes: 0", "extent_bytes = 0: smaller than a page; at least 4KiB would do"),
+    ("extent_bytes: 2KiB", "extent_bytes = 2KiB: too small to hold chunks; at least 64KiB would do"),
+    ("extent_bytes: 0", "extent_bytes = 0: too small to hold chunks; at least 64KiB would do"),
     ("extent_bytes: 48MiB", "extent_bytes = 48MiB: not a power of two; 32MiB or 64MiB would do"),
     ("root: data", "root = 'data': not an absolute path; write one like /var/lib/cachesvc"),
     ("root: 3", "root = 3: not an absolute path"),
@@ -368,6 +372,27 @@ def test_any_value_is_taken_or_a_config_error(flags: dict[str, Any]) -> None:
         assert len(str(error).splitlines()) == 1
 
 
+def test_a_file_without_end_is_no_config() -> None:
+    with pytest.raises(ConfigError, match=r"config /dev/zero: more than 1MiB; name a file of settings"):
+        load(Path("/dev/zero"), {}, environ={}, uid=0)
+
+
+# --- an arena that exists ---------------------------------------------------------------------------------------------
+
+
+def test_shares_must_fit_the_extents_that_an_arena_was_made_with(tmp_path: Path) -> None:
+    """Three minima of 300 MiB in 1 GiB: in extents of 16 MiB they fit, in extents of 256 MiB each takes 512 MiB."""
+    three = "[{name: a, min_bytes: 300MiB}, {name: b, min_bytes: 300MiB}, {name: c, min_bytes: 300MiB}]"
+    config = configured(tmp_path, f"{{ram_bytes: 1GiB, tenants: {three}}}")
+    check_extents(config, 16 * MIB)
+    with pytest.raises(ConfigError) as refusal:
+        check_extents(config, 256 * MIB)
+    line = str(refusal.value)
+    assert "tenants[2].min_bytes = 300MiB: more than is left of ram_bytes" in line
+    assert "the arena was made with extents of 256MiB: with extent_bytes: 16MiB it is made anew, empty" in line
+    check_extents(configured(tmp_path, "{ram_bytes: 1GiB, extent_bytes: 256MiB}"), 256 * MIB)
+
+
 # --- what is in force -------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +407,7 @@ def test_any_value_is_taken_or_a_config_error(flags: dict[str, Any]) -> None:
             "http": {"address": http},
         },
         st.integers(4, 99),
-        st.integers(12, 34),
+        st.integers(16, 34),
         st.sampled_from([{}, {"max_bytes": 1 << 34 << 2}, {"group": 5}]).map(dict),
         st.integers(0, 4),
         st.floats(0, 600),
@@ -435,7 +460,35 @@ def test_client_and_daemon_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert client_address(None) == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("environ", "path"),
+    [
+        ({"XDG_CACHE_HOME": "/c", "HOME": "/h"}, "/c/cachesvc"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/cachesvc"),
+        ({}, "/.cache/cachesvc"),
+    ],
+)
+def test_cache_dir(environ: dict[str, str], path: str) -> None:
+    assert cache_dir(environ) == Path(path)
+
+
+def test_child_environment() -> None:
+    ours = {"A": "1", "B": "2"}
+    assert child_environment({"B": "3", "PYTHONPATH": "/x"}, ours) == {"A": "1", "B": "3", "PYTHONPATH": "/x"}
+    assert child_environment({"PYTHONPATH": "/x"}, {"PYTHONPATH": "/y"}) == {"PYTHONPATH": "/x:/y"}
+    assert child_environment({}, {"PYTHONPATH": "/y"}) == {"PYTHONPATH": "/y"}
+    assert ours == {"A": "1", "B": "2"}
+
+
 def test_importing_config_does_not_import_yaml() -> None:
     """An engine's process imports `config` for the address alone."""
     code = "import sys, cachesvc.config as config; config.client_address(None); sys.exit('yaml' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
+# --- an engine's environment ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("environ", "seed"), [({}, "none"), ({"PYTHONHASHSEED": "7"}, "7")])
+def test_hash_seed(environ: dict[str, str], seed: str) -> None:
+    assert hash_seed(environ) == seed

@@ -11,11 +11,12 @@ nothing of an extent done while a job on it runs, so the only thing they share i
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,14 @@ from cachesvc.arena import files
 from cachesvc.arena.files import OpenExtent
 from cachesvc.arena.identity import Claim, read_boot_id
 from cachesvc.arena.layout import STATE_FREE, STATE_WRITING, Header, decode_table
-from cachesvc.arena.scan import find_extents
+from cachesvc.arena.preflight import HEADROOM_BYTES, available_bytes
+from cachesvc.arena.scan import find_extents, found_bytes
 from cachesvc.core.events import TableColumns
 from cachesvc.errors import OperatorError
 from cachesvc.types import PAGE_BYTES
+
+SPARE_HEADROOM_BYTES: Final = HEADROOM_BYTES // 2
+"""No extent is made that leaves the node less; below what a start asks for, which is a moment's number as well."""
 
 
 class Descriptors(NamedTuple):
@@ -58,8 +63,6 @@ class Scan:
     spares: tuple[int, ...]
     extents: tuple[Restored, ...]
     dropped: tuple[str, ...]
-    held_bytes: int
-    """Held by what stays: `preflight` needs no room for it."""
 
 
 class HostArena:
@@ -105,6 +108,15 @@ class HostArena:
 
     # --- start and end ----------------------------------------------------------------------------------------------
 
+    def found_bytes(self) -> int:
+        """Held by what the last run left: `preflight` needs no room for it. To be asked before `scan`."""
+        try:
+            return found_bytes(self._directory)
+        except OSError as error:
+            raise OperatorError(
+                f"arena_dir {self._directory} can't be read: {error}; remove what is in the way"
+            ) from error
+
     def scan(self) -> Scan:
         """Find what the last run left, unlink what can't be used, open the rest. Once, before anything else."""
         claim = self._claim
@@ -116,7 +128,7 @@ class HostArena:
                 f"arena_dir {self._directory} can't be read or cleaned: {error}; remove what is in the way"
             ) from error
         extents = tuple(Restored(e.header.extent, e.header.tenant, e.header.slot_bytes, e) for e in opened)
-        return Scan(found.spares, extents, found.dropped, found.held_bytes)
+        return Scan(found.spares, extents, found.dropped)
 
     def check(self) -> dict[int, str]:
         """Extents whose files a client has damaged, with what was done to them. Two system calls an extent."""
@@ -132,7 +144,12 @@ class HostArena:
     # --- jobs -------------------------------------------------------------------------------------------------------
 
     def make_spare(self, extent: int) -> None:
-        """Make, reserve and populate the data file of a new extent. OSError (ENOSPC) leaves nothing."""
+        """Make, reserve and populate the data file of a new extent. OSError (ENOSPC) leaves nothing.
+
+        Memory is asked about each time: since the start others may have taken it, or not given it back yet.
+        """
+        if available_bytes() < self.extent_bytes + SPARE_HEADROOM_BYTES:
+            raise OSError(errno.ENOMEM, "too little memory is left on this node", str(self._directory))
         self._claim.use(extent)
         files.make_spare(self._directory, extent, self.extent_bytes)
 

@@ -1,6 +1,7 @@
 """Will the arena fit? Asked once at start, before anything is allocated: running out later kills the node, not us.
 
-Covers: the three limits (memory, mount, cgroup), where their numbers are read, the line that an operator gets.
+Covers: the three limits (memory, mount, cgroup), where their numbers are read, the line that an operator gets; and is
+the arena in memory at all?
 Not here: what existing extents hold (`arena.scan`), how extents are allocated (`arena.files`).
 
     must fit                                   into
@@ -8,10 +9,11 @@ Not here: what existing extents hold (`arena.scan`), how extents are allocated (
     bytes still to allocate, and their tables  free space of the mount
     the whole arena + 1 GiB                    the cgroup's memory limit, if there is one
 
-"Still to allocate" is the arena minus what extents of the last run hold: their pages are taken already, and are counted
-in none of the first two. A cgroup is charged for pages that its processes touch, so there the whole arena counts. How
-large tables get is known with the sizes of chunks only; 1/32 of the data is the most (slots of 4 KiB). They are counted
-where there is no headroom.
+"Still to allocate" is the arena minus what files of the last run hold: their pages are taken already, and are counted
+in none of the first two. So it is asked before any of them is unlinked: clients of the last run may map them, and let
+them go only when a daemon is there. A cgroup is charged for pages that its processes touch, so there the whole arena
+counts. How large tables get is known with the sizes of chunks only; 1/32 of the data is the most (slots of 4 KiB). They
+are counted where there is no headroom.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ HEADROOM_BYTES: Final = 1 << 30
 """Left to the daemon, its page tables and the rest of the node."""
 
 _DATA_PER_TABLE: Final = PAGE_BYTES // ENTRY_BYTES
+
+_IN_MEMORY: Final = ("tmpfs", "ramfs")
 
 _CGROUP_UNLIMITED: Final = 1 << 60
 """Version 1 writes "no limit" as a number near 2^63."""
@@ -51,6 +55,7 @@ def preflight(
     read: Callable[[Path], Limits] | None = None,
 ) -> None:
     """OperatorError, one line with every number and what to set, if an arena of `ram_bytes` doesn't fit."""
+    _check_medium(arena_dir)
     limits = (read or read_limits)(arena_dir)
     # (the largest arena it has room for, the number, what else than a smaller arena would help)
     rooms = [
@@ -63,7 +68,8 @@ def preflight(
     if limits.mount_free is not None:
         number = f"{_gib(limits.mount_free)} free in the mount of {arena_dir}"
         data = limits.mount_free * _DATA_PER_TABLE // (_DATA_PER_TABLE + 1)
-        rooms.append((existing_bytes + data, number, "remount it with a larger size="))
+        advice = "remount it with a larger size= (if clients of an earlier run hold it still, stop those)"
+        rooms.append((existing_bytes + data, number, advice))
     if limits.cgroup is not None:
         number = f"memory limit of the cgroup {_gib(limits.cgroup)}"
         advice = f"raise the cgroup's limit to {_gib(ram_bytes + HEADROOM_BYTES)}"
@@ -84,10 +90,38 @@ def read_limits(arena_dir: Path, proc: Path = Path("/proc"), cgroups: Path = Pat
     stat = os.statvfs(arena_dir)
     # a tmpfs mounted with size=0 has no limit and says so by zero blocks
     mount_free = stat.f_bavail * stat.f_frsize if stat.f_blocks else None
-    return Limits(_mem_available(proc), mount_free, cgroup_limit(proc, cgroups))
+    return Limits(available_bytes(proc), mount_free, cgroup_limit(proc, cgroups))
 
 
-def _mem_available(proc: Path) -> int:
+def _check_medium(arena_dir: Path) -> None:
+    """OperatorError if the arena would lie on a disk: every write of a client would go there."""
+    found = filesystem(arena_dir)
+    if found not in (None, *_IN_MEMORY):
+        raise OperatorError(
+            f"arena_dir {arena_dir} lies on {found}, not in memory: set arena_dir to a directory of a tmpfs, "
+            f"or leave it out"
+        )
+
+
+def filesystem(path: Path, proc: Path = Path("/proc")) -> str | None:
+    """The type of the file system that `path` lies on, as far as the kernel's list of mounts tells. OSError."""
+    if not path.exists():
+        return None
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = (proc / "self" / "mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split()[0]
+    return None
+
+
+def available_bytes(proc: Path = Path("/proc")) -> int:
+    """What the kernel thinks can be allocated without swapping, in bytes."""
     for line in (proc / "meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":

@@ -11,6 +11,9 @@ Covers: telling spares, extents and leftovers apart, checking headers. Not here:
     a number that was never given out              unlinked: `arena.json` is of another arena
     names that no arena uses                       left alone, and said so
 
+Bytes of a file that was unlinked come back when clients of the last run have unmapped it: they do so when they hear
+from this one.
+
 A name proves nothing: files must be plain, our own, and have no other name.
 """
 
@@ -37,8 +40,6 @@ class Found:
     spares: tuple[int, ...]
     headers: tuple[Header, ...]
     dropped: tuple[str, ...]
-    held_bytes: int
-    """What the data files that stay hold: not to be allocated again."""
 
 
 def find_extents(directory: Path, arena: bytes, boot: bytes, extent_bytes: int, next_extent: int) -> Found:
@@ -67,8 +68,17 @@ def find_extents(directory: Path, arena: bytes, boot: bytes, extent_bytes: int, 
         except FormatError as error:
             remove(directory, extent)
             dropped.append(f"extent {extent} dropped: {error}")
-    held_bytes = (len(spares) + len(headers)) * extent_bytes
-    return Found(tuple(spares), tuple(headers), tuple(dropped), held_bytes)
+    return Found(tuple(spares), tuple(headers), tuple(dropped))
+
+
+def found_bytes(directory: Path) -> int:
+    """What the data files of the last run hold, whatever a start makes of them. OSError if that can't be read."""
+    total = 0
+    for name in os.listdir(directory):
+        match = _NAME.fullmatch(name)
+        if match is not None and match[2] != TABLE:
+            total += (directory / name).lstat().st_blocks * 512
+    return total
 
 
 def _check_data(path: Path, extent_bytes: int) -> os.stat_result:

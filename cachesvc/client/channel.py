@@ -24,6 +24,12 @@ state. (Threads with deadlines of different length: the short ones may pay their
 A call whose outcome is unknown (deadline missed, connection lost) is undone: its ticket was chosen here, so a one-way
 message can end it, whether or not the daemon ever saw the call. One-way messages wait in `Later` while nobody can send
 them; who gives up the lock sends what has come in meanwhile.
+
+An exception may hit a caller anywhere: its signal handler raised. Inside a call it costs the connection, as nobody
+knows what was sent and read. Between taking the lock and `try`, or while giving it up, it would leave the lock held for
+ever: so a lock that stays taken long after its holder's deadline is *abandoned* by the background thread, with the
+connection, and both are replaced. A holder that was alive after all (a handler that took minutes) finds another lock in
+its place: it touches nothing, and what its call brought counts as never answered.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from cachesvc.wire.framing import encode
 from cachesvc.wire.messages import (
     Abort,
     Allocate,
+    Claim,
     ControlReply,
     Done,
     EndRequests,
@@ -64,10 +71,16 @@ PING_AFTER_S: Final = 1.0
 PONG_S: Final = 1.0
 """A ping that isn't answered for so long counts as a missed deadline."""
 
+ABANDONED_S: Final = 2.0
+"""A lock that is taken for so long after its holder's deadline, seen again and again, will never be given up."""
+
+WATCH_S: Final = 0.2
+"""Time between two such looks. They are counted, as time alone passes while the whole process is stopped."""
+
 REVIVE_S: Final = 10.0
 """A connection that is DOWN for so long is given up for a new one: it may have broken in the middle of a frame."""
 
-Call: TypeAlias = Hello | Lookup | Lease | Allocate | Seal | Ping
+Call: TypeAlias = Hello | Claim | Lookup | Lease | Allocate | Seal | Ping
 OneWay: TypeAlias = Release | Abort | Done | EndRequests
 T = TypeVar("T")
 
@@ -125,6 +138,12 @@ class Channel:
         self._numbers = itertools.count(1)
         self._heard_at = 0.0
         self._ping: tuple[int, float] | None = None
+        self._held_until = 0.0
+        """Deadline of the last holder of the lock that may have to wait (seconds, monotonic)."""
+        self._turns = 0
+        """How often the lock was given up."""
+        self._watched = 0, 0, 0.0
+        """The turn in which the background thread last found the lock taken, how often in a row, and when."""
 
     def number(self) -> int:
         """A number for the next call."""
@@ -138,79 +157,136 @@ class Channel:
         accept: Callable[[list[ControlReply]], T],
         deadline: float,
         undo: tuple[type[OneWay], Sequence[int]] | None = None,
+        *,
+        blame: bool = True,
     ) -> T | KeyState:
         """Send `requests` (numbered by `number()`) at once, wait for all replies, return what `accept` makes of them.
 
         `accept` runs while the channel is held: what it notes happens before anything the background thread does. It
         raises ProtocolError for a reply that can't be. The other outcomes are DAEMON_DOWN and DEADLINE (`deadline` in
         seconds, monotonic): then the daemon may have acted or not, and `undo` is sent sooner or later.
+        A deadline missed says nothing of the daemon without `blame`: it had little time, for reasons of our own.
         """
         if self.state is not State.UP:
             return KeyState.DAEMON_DOWN
         frames = b"".join([encode(request) for request in requests])
-        if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=_left_s(deadline)):
+        lock = self._lock
+        if not lock.acquire(blocking=False) and not lock.acquire(timeout=_left_s(deadline)):
             return KeyState.DEADLINE
         outcome: T | KeyState = KeyState.DAEMON_DOWN
-        sent = answered = False
+        sent = whole = answered = False
+        connection = None
         try:
+            self._held_until = deadline
             connection = self._connection
-            if self.state is State.UP and connection is not None:
+            if self._lock is lock and self.state is State.UP and connection is not None:
                 sent = True
                 if self._along:
                     frames = self._along.take() + frames
                 connection.post(frames, [request.call for request in requests])
                 spin = len(frames) <= SPIN_REQUEST_BYTES_MAX
-                outcome = accept(connection.collect(len(requests), deadline, spin=spin))
-                answered = True
+                replies = connection.collect(len(requests), deadline, spin=spin)
+                whole = True
+                got = accept(replies)
+                # if the lock was abandoned meanwhile, a Hello may have said that we have nothing of this
+                answered = self._lock is lock
+                outcome = got if answered else KeyState.DEADLINE
         except TimeoutError:
-            self._fall("the daemon missed a deadline")
+            if blame and self._connection is connection:
+                self._fall("the daemon missed a deadline")
             outcome = KeyState.DEADLINE
         except (OSError, ProtocolError) as error:
-            self._drop(str(error))
+            self._drop(str(error), connection)
+        except BaseException:
+            if not whole:
+                self._drop("a call was interrupted", connection)
+            raise
         finally:
             if sent and not answered and undo is not None:
                 self._later.add(*undo)
-            self._give_up_lock()
+            self._give_up_lock(lock)
         return outcome
 
-    def post(self, request: Call, deadline: float) -> bool:
-        """Send a request and don't wait: its reply passes `heard` with a later one.
+    def post(self, requests: Sequence[Call], deadline: float) -> bool:
+        """Send requests and don't wait: their replies pass `heard` with later ones, or with `listen`.
 
-        True: the daemon finds it before anything that is said to it from now on, if it lives. False: it wasn't sent.
+        True: the daemon finds them before anything that is said to it from now on, if it lives. False: nothing sent.
         """
         if self.state is not State.UP:
             return False
-        if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=_left_s(deadline)):
+        lock = self._lock
+        if not lock.acquire(blocking=False) and not lock.acquire(timeout=_left_s(deadline)):
             return False
+        connection = None
         try:
             connection = self._connection
-            if self.state is not State.UP or connection is None:
+            if self._lock is not lock or self.state is not State.UP or connection is None:
                 return False
-            connection.post(self._along.take() + encode(request), [request.call])
+            frames = b"".join([encode(request) for request in requests])
+            connection.post(self._along.take() + frames, [request.call for request in requests])
         except OSError as error:
-            self._drop(str(error))
+            self._drop(str(error), connection)
+        except BaseException:
+            self._drop("a call was interrupted", connection)
+            raise
         finally:
-            self._give_up_lock()
+            self._give_up_lock(lock)
         return True
+
+    def listen(self) -> None:
+        """Hear what has come, without waiting for anything."""
+        lock = self._lock
+        if self.state is not State.UP or not lock.acquire(blocking=False):
+            return
+        connection = None
+        try:
+            connection = self._connection
+            if self._lock is lock and self.state is State.UP and connection is not None:
+                connection.flush()
+                connection.drain()
+        except (OSError, ProtocolError) as error:
+            self._drop(str(error), connection)
+        except BaseException:
+            self._drop("a call was interrupted", connection)
+            raise
+        finally:
+            self._give_up_lock(lock)
+
+    def missed(self) -> None:
+        """The reply to something posted didn't come in time: as bad as a call without one."""
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            return  # whoever waits for a reply now finds out
+        try:
+            if self.state is State.UP:
+                self._fall("the daemon missed a deadline")
+        finally:
+            self._give_up_lock(lock)
 
     def tell(self, kind: type[OneWay], numbers: Sequence[int]) -> None:
         """Send a one-way message now if that is possible without waiting, else as soon as somebody can."""
-        if not self._lock.acquire(blocking=False):
+        lock = self._lock
+        if not lock.acquire(blocking=False):
             self._later.add(kind, numbers)
-            if not self._lock.acquire(blocking=False):
+            if not lock.acquire(blocking=False):
                 return  # its holder looks once more after giving it up
             numbers = ()
+        connection = None
         try:
-            connection = self._connection
+            connection = self._connection if self._lock is lock else None
             ready = self.state is State.UP and connection is not None and not connection.clogged
             if not numbers or not ready or self._later:
                 self._later.add(kind, numbers)
             elif connection is not None:
                 connection.post(encode(kind(list(numbers))))
         except OSError as error:
-            self._drop(str(error))
+            self._drop(str(error), connection)
+        except BaseException:
+            self._later.add(kind, numbers)  # twice does no harm
+            self._drop("a call was interrupted", connection)
+            raise
         finally:
-            self._give_up_lock()
+            self._give_up_lock(lock)
 
     def tell_along(self, kind: type[OneWay], numbers: Sequence[int]) -> None:
         """Send a one-way message together with the next call, or within a quarter of a second.
@@ -227,7 +303,7 @@ class Channel:
 
     def install(self, connection: Connection) -> None:
         """A new connection said Welcome: UP."""
-        with self._lock:
+        with self._taken():
             if self.state is State.CLOSED:
                 connection.close()
                 return
@@ -240,7 +316,7 @@ class Channel:
 
         Not for longer than `REVIVE_S` in all: then the connection is closed.
         """
-        with self._lock:
+        with self._taken():
             connection = self._connection
             if connection is None or self.state is not State.DOWN:
                 return
@@ -256,7 +332,9 @@ class Channel:
 
     def tend(self) -> None:
         """In UP: hear what came, ping a connection that is silent, fall if it stays so. Never waits."""
-        if not self._lock.acquire(blocking=False):
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            self._watch()
             return  # somebody has a call: that tells as much
         try:
             connection = self._connection
@@ -276,11 +354,35 @@ class Channel:
         except (OSError, ProtocolError) as error:
             self._drop(str(error))
         finally:
-            self._give_up_lock()
+            self._give_up_lock(lock)
+
+    def _watch(self) -> None:
+        """Somebody has the lock. Abandon it if that can't be."""
+        now, (turn, looks, looked_at) = time.monotonic(), self._watched
+        if turn != self._turns:
+            self._watched = self._turns, 0, now
+        elif now >= looked_at + WATCH_S:
+            self._watched = turn, looks + 1, now
+            if (looks + 1) * WATCH_S >= ABANDONED_S and now >= self._held_until + ABANDONED_S:
+                self._abandon()
+
+    def _taken(self) -> threading.Lock:
+        """The lock, not taken in this moment; in DOWN nobody keeps it for long."""
+        if self._lock.acquire(timeout=ABANDONED_S):
+            self._lock.release()
+        else:
+            self._abandon()
+        return self._lock
+
+    def _abandon(self) -> None:
+        """Its holder is gone: another lock, and no connection, as nobody knows what was sent and read on it."""
+        self._drop("a call was interrupted")
+        self._lock = threading.Lock()
 
     def close(self, wait_s: float) -> None:
         """Send what is left, close the connection. Waits for the holder of the lock at most `wait_s`."""
-        if not self._lock.acquire(timeout=wait_s):
+        lock = self._lock
+        if not lock.acquire(timeout=wait_s):
             self.state = State.CLOSED  # the holder closes the connection when it gives up the lock
             return
         try:
@@ -290,7 +392,7 @@ class Channel:
             self._drop(str(error))
         finally:
             self.state = State.CLOSED
-            self._give_up_lock()
+            self._give_up_lock(lock)
 
     def disown(self) -> None:
         """In the child of a fork: the connection is the parent's. Our copies go; nothing is sent."""
@@ -338,24 +440,30 @@ class Channel:
         self._ping = None
         self._wake()
 
-    def _drop(self, reason: str) -> None:
+    def _drop(self, reason: str, connection: Connection | None = None) -> None:
+        """Close the connection, or just this one, if it isn't ours any more."""
+        if connection is not None and connection is not self._connection:
+            connection.close()
+            return
         self._fall(reason)
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _give_up_lock(self) -> None:
+    def _give_up_lock(self, lock: threading.Lock) -> None:
         """Whoever adds to `Later` and doesn't get the lock relies on this: look again after giving it up."""
-        while True:
+        while self._lock is lock:
             if self.state is State.CLOSED:
                 self._drop("closed")
             self._flush_later()
-            self._lock.release()
-            if not self._later or self.state is not State.UP or not self._lock.acquire(blocking=False):
+            self._turns += 1
+            lock.release()
+            if not self._later or self.state is not State.UP or not lock.acquire(blocking=False):
                 return
             if self._connection is None or self._connection.clogged:
-                self._lock.release()
+                lock.release()
                 return
+        lock.release()
 
 
 def _left_s(deadline: float) -> float:

@@ -6,25 +6,29 @@ The rule of every method: what the caller did wrong (keys, sizes, use after clos
 namespace) is ValueError; whatever happens to the daemon, the node or the memory is a miss, False or fewer views, and
 nothing else is ever raised. Reasons are counted in `misses` and `refusals`. No call about keys waits longer than
 `deadline_ms`; after one missed deadline calls answer at once, until the daemon answers the background thread again.
+Another `chunk_bytes` is an error of the constructor's only: a daemon that comes later, or comes back with other
+settings, and refuses the namespace is as good as none, until it takes it. `status` says why.
 
 In the child of a fork a client is dead: everything is a miss. Views must not be used there.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from cachesvc.client.channel import State
 from cachesvc.client.copying import Copier
+from cachesvc.client.grants import Grant, Identity, KeyRun
 from cachesvc.client.keeper import Keeper
 from cachesvc.client.mappings import Mapping
-from cachesvc.client.session import Grant, Identity, KeyRun, Session
+from cachesvc.client.session import Session
 from cachesvc.config import client_address
 from cachesvc.types import AllocateState, KeyState, Priority, Role, user_namespace
 from cachesvc.wire.messages import LABEL_CHARS_MAX
@@ -81,12 +85,17 @@ class Client:
         where nobody listens). ValueError: an argument can't be, or the namespace is known with another `chunk_bytes`.
 
         `deadline_ms` bounds each call. `session` (16 to 64 bytes, default: a new one) is for who manages sessions by
-        himself: of the clients with one id only the last that came is served. `priority` is that of all chunks written.
+        himself: of the clients with one id only the last that came is served, the others have misses from then on; what
+        they still read or write stays theirs. `priority` is that of all chunks written.
         """
         if address is not None and (not isinstance(address, str) or not address or "\0" in address):
             raise ValueError(f"the address of a daemon is the path of its socket, not {address!r}")
+        if address is not None:
+            os.fsencode(address)  # UnicodeEncodeError, which is a ValueError
         if not isinstance(namespace, str):
             raise ValueError(f"a namespace is a name, not {namespace!r}")
+        if not isinstance(session, bytes | None):
+            raise ValueError(f"a session id is bytes, not {session!r}")
         if not isinstance(deadline_ms, int | float) or not 0 < deadline_ms <= DEADLINE_MS_MAX:
             raise ValueError(f"deadline_ms is more than 0 and at most {DEADLINE_MS_MAX:.0f}, not {deadline_ms!r}")
         self._chunk_bytes = chunk_bytes
@@ -140,6 +149,8 @@ class Client:
         False: not within `timeout_s`.
         """
         self._check()
+        if not isinstance(timeout_s, int | float) or not timeout_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"a time to wait is a number of seconds, not {timeout_s!r}")
         return self._keeper.settled.wait(timeout_s)
 
     @property
@@ -174,7 +185,7 @@ class Client:
         `request` (0 = none) tells apart the callers' requests: one request counts as one use of a chunk.
         """
         self._check()
-        return Read(self._session, KeyRun(0, _listed(keys)), _number(request), self._deadline_s)
+        return Read(self._session, KeyRun(0, _listed(keys)), _number(request), self._deadline_s, self._check)
 
     def get_into(self, key: bytes, buffer: Writeable) -> bool:
         """Copy the chunk into the start of `buffer`; False: a miss, and `buffer` may hold anything.
@@ -204,7 +215,9 @@ class Client:
         """
         self._check()
         run = KeyRun(0, _listed(keys, distinct=True))
-        return Write(self._session, run, _number(request), self._priority, self._chunk_bytes, self._deadline_s)
+        return Write(
+            self._session, run, _number(request), self._priority, self._chunk_bytes, self._deadline_s, self._check
+        )
 
     def put(self, key: bytes, data: Readable) -> bool:
         """Store `data` (at most `chunk_bytes`) under `key`. True: the key can be read now, be it from before.
@@ -237,8 +250,6 @@ class Client:
     def _check(self) -> None:
         if self._closed:
             raise ValueError("this client is closed")
-        if self._session.refusal:
-            raise ValueError(self._session.refusal)
 
     def _states(self, keys: Iterable[bytes]) -> bytes:
         self._check()
@@ -254,8 +265,11 @@ class Read:
     view (numpy, torch) stay mapped but may change any time after the context.
     """
 
-    def __init__(self, session: Session, keys: KeyRun, request: int, deadline_s: float) -> None:
+    def __init__(
+        self, session: Session, keys: KeyRun, request: int, deadline_s: float, check: Callable[[], None]
+    ) -> None:
         self.views: tuple[memoryview, ...] = ()
+        self._check = check
         self._session = session
         self._keys = keys
         self._request = request
@@ -267,9 +281,15 @@ class Read:
     def __enter__(self) -> Self:
         if self._entered:
             raise ValueError("this read was used before: ask for another one")
+        self._check()
         self._entered = True
         deadline = time.monotonic() + self._deadline_s
-        self._grant = self._session.lease(self._keys, deadline, request=self._request, touch=True)
+        request = _request_of(self._session, self._keys, self._request)
+        try:
+            self._grant = self._session.lease(self._keys, deadline, request=request, touch=True)
+        finally:
+            if request != self._request:
+                self._session.end_requests([request])
         try:
             self._mappings, views = _readable(self._session, self._grant, deadline)
         except BaseException:
@@ -307,9 +327,17 @@ class Write:
     """
 
     def __init__(
-        self, session: Session, keys: KeyRun, request: int, priority: Priority, chunk_bytes: int, deadline_s: float
+        self,
+        session: Session,
+        keys: KeyRun,
+        request: int,
+        priority: Priority,
+        chunk_bytes: int,
+        deadline_s: float,
+        check: Callable[[], None],
     ) -> None:
         self.views: dict[bytes, memoryview] = {}
+        self._check = check
         self.sealed = False
         """After the context: can all of `views` be read now? False, too, if there were none."""
         self._session = session
@@ -318,22 +346,31 @@ class Write:
         self._priority = priority
         self._chunk_bytes = chunk_bytes
         self._deadline_s = deadline_s
+        self._private = request
         self._grant: Grant | None = None
         self._entered = False
 
     def __enter__(self) -> Self:
         if self._entered:
             raise ValueError("this write was used before: ask for another one")
+        self._check()
         self._entered = True
         deadline = time.monotonic() + self._deadline_s
-        grant = _allocate(self._session, self._keys, self._request, self._priority, deadline)
+        self._private = _request_of(self._session, self._keys, self._request)
+        try:
+            grant = _allocate(self._session, self._keys, self._private, self._priority, deadline)
+        except BaseException:
+            self._end_request()
+            raise
         try:
             views = _writable(self._session, grant, self._chunk_bytes, deadline)
         except BaseException:
             self._session.abort(grant)
+            self._end_request()
             raise
         if not views:
             self._session.abort(grant)
+            self._end_request()
             return self
         new = [key for key, state in zip(self._keys.keys, grant.states, strict=True) if state == AllocateState.NEW]
         self.views = dict(zip(new, views, strict=True))
@@ -347,11 +384,18 @@ class Write:
         grant, self._grant = self._grant, None
         if grant is None:
             return
-        if kind is not None:
-            self._session.abort(grant)
-            return
-        lengths = [self._chunk_bytes] * len(self.views)
-        self.sealed = self._session.seal(grant, lengths, time.monotonic() + self._deadline_s)
+        try:
+            if kind is not None:
+                self._session.abort(grant)
+                return
+            lengths = [self._chunk_bytes] * len(self.views)
+            self.sealed = self._session.seal(grant, lengths, time.monotonic() + self._deadline_s)
+        finally:
+            self._end_request()
+
+    def _end_request(self) -> None:
+        if self._private != self._request:
+            self._session.end_requests([self._private])
 
 
 # --- slots as views -------------------------------------------------------------------------------------------------
@@ -371,6 +415,18 @@ def _allocate(session: Session, keys: KeyRun, request: int, priority: Priority, 
         step_s = min(2 * step_s, RETRY_STEP_S_MAX)
 
 
+def _request_of(session: Session, keys: KeyRun, request: int) -> int:
+    """The caller's number, or one of our own for keys that don't fit into one message: the daemon remembers nothing of
+    a request without one, and a long prompt's tail would push out its head."""
+    return request or (session.private_request() if len(keys.batches) > 1 else 0)
+
+
+def _mapping(session: Session, extent: int, arena: bytes) -> Mapping | None:
+    """The extent of that arena, if it is mapped: after a new start the daemon may have another of the same number."""
+    mapping = session.extents.mapped.get(extent)
+    return mapping if mapping is not None and mapping.arena == arena else None
+
+
 def _readable(session: Session, grant: Grant, deadline: float) -> tuple[list[Mapping], list[memoryview]]:
     """Read-only views of the leased slots, in order, up to the first that can't be mapped; and the mappings."""
     places = list(grant.places())
@@ -378,7 +434,7 @@ def _readable(session: Session, grant: Grant, deadline: float) -> tuple[list[Map
     mappings: list[Mapping] = []
     views: list[memoryview] = []
     for (extent, slot, _), length in zip(places, grant.lengths, strict=True):
-        mapping = session.extents.mapped.get(extent)
+        mapping = _mapping(session, extent, grant.arena)
         view = mapping.view(slot, length) if mapping is not None else None
         if mapping is None or view is None:
             session.count_misses(bytes([KeyState.LOAD_FAILED]) * (len(places) - len(views)))
@@ -397,7 +453,7 @@ def _load(session: Session, grant: Grant, target: memoryview, deadline: float, c
     (extent,), (slot,), (generation,) = ticket.slots.extents, ticket.slots.slots, ticket.slots.generations
     if extent not in session.extents.mapped:
         session.extents.ensure([extent], deadline)
-    mapping = session.extents.mapped.get(extent)
+    mapping = _mapping(session, extent, ticket.arena)
     source = mapping.view(slot, size) if mapping is not None else None
     if mapping is None or source is None:
         return False
@@ -408,17 +464,18 @@ def _load(session: Session, grant: Grant, target: memoryview, deadline: float, c
 
 
 def _writable(session: Session, grant: Grant, length: int, deadline: float) -> list[memoryview]:
-    """Views of `length` bytes of the allocated slots, in order; none at all if one of them can't be mapped."""
+    """Views of `length` bytes of the allocated slots, in order; none at all if one of them can't be mapped, or was lost
+    while that was tried."""
     places = list(grant.places())
     session.extents.ensure([extent for extent, _, _ in places], deadline)
     views: list[memoryview] = []
     for extent, slot, _ in places:
-        mapping = session.extents.mapped.get(extent)
+        mapping = _mapping(session, extent, grant.arena)
         view = mapping.view(slot, length) if mapping is not None else None
         if view is None:
             return []
         views.append(view)
-    return views
+    return [] if grant.lost else views
 
 
 def _still_sealed(grant: Grant, mappings: list[Mapping]) -> bool:

@@ -10,7 +10,8 @@ no core, or waits for the GIL) costs nothing::
     caller:  put(job) -- copy first part --+-- claim: mine?   yes: copy second part
     helper:              wake -- claim: mine? yes: copy second part -- done --> caller goes on
 
-The claim is a lock that is taken once; `done` is a lock that the helper releases.
+The claim is a lock that is taken once; `done` is a lock that the helper releases. Where no thread can be had the caller
+copies alone, and tries again with the next large copy.
 """
 
 from __future__ import annotations
@@ -73,8 +74,14 @@ class Copier:
 
     def _copy_shared(self, into: Bytes, out_of: Bytes) -> None:
         if self._helper is None:
-            self._helper = threading.Thread(target=_help, args=(self._parts,), name="cachesvc-copy", daemon=True)
-            self._helper.start()
+            helper = threading.Thread(target=_help, args=(self._parts,), name="cachesvc-copy", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:
+                # no thread can be had, or the interpreter is ending
+                np.copyto(into, out_of)
+                return
+            self._helper = helper
         cut = int(len(into) * CALLER_SHARE) & ~4095
         part = _Part(threading.Lock(), threading.Lock(), into[cut:], out_of[cut:])
         part.done.acquire()

@@ -11,6 +11,12 @@ A turn of the loop::
     DOWN, still connected   say what was to be said, ping, wait a little for the answer
     DOWN, no connection     attach (descriptors connection), connect, Hello with the open tickets, wait for Welcome
 
+A daemon that refuses the session is asked again now and then: it may be started anew with other settings. Once another
+client has taken our place in the session (*superseded*) a Hello is said only when tickets have ended, and the last time
+at the end: the daemon keeps from others whatever it believes to be in use.
+
+Nothing may end this thread: what it doesn't expect is the error that operators see, and it tries again.
+
 Also here: what the child of a fork does with the clients it inherited (nothing, ever).
 """
 
@@ -67,7 +73,12 @@ class Keeper:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="cachesvc-keeper", daemon=True)
         _keepers.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # no thread can be had: everything is a miss
+            session.channel.error = str(error)
+            self.tried.set()
 
     def request_stop(self) -> None:
         """Close as soon as no ticket is open. Only sets a flag: may be called from a finalizer, in any thread."""
@@ -77,7 +88,8 @@ class Keeper:
         """Close as soon as no ticket is open; wait a while for that if none is open now."""
         self.request_stop()
         self._wake.set()
-        if self._session.idle() and self._thread is not threading.current_thread():
+        alive = self._thread.is_alive() and self._thread is not threading.current_thread()
+        if alive and self._session.idle():
             self._thread.join(wait_s)
 
     def disown(self) -> None:
@@ -94,14 +106,21 @@ class Keeper:
         while not (self._stopping and self._session.idle()):
             if delay_s and self._wake.wait(delay_s):
                 self._wake.clear()
-            delay_s = self._turn()
+            try:
+                delay_s = self._turn()
+            except Exception as error:
+                self._session.channel.error = repr(error)
+                self.tried.set()
+                delay_s = REFUSED_BACKOFF_S_MAX
+        if self._session.superseded and self._session.untold():
+            self._connect()
         self._session.channel.close(CLOSE_S)
         self._session.extents.close()
 
     def _turn(self) -> float:
         """Do what is to be done now; seconds until there may be more."""
         channel = self._session.channel
-        if self._session.refusal:
+        if self._session.superseded and not channel.connected() and not self._session.untold():
             return TICK_S
         if channel.state is State.UP:
             channel.tend()
@@ -159,11 +178,16 @@ class Keeper:
         reply = self._wait(connection)
         if isinstance(reply, Refused):
             if reply.kind == "namespace":
-                session.refusal = reply.detail
+                session.refused(reply.detail)
+            elif reply.kind == "session":
+                session.turned_away(reply.detail)
             raise ProtocolError(f"the daemon refuses this client: {reply.detail}")
         if not isinstance(reply, Welcome):
             raise ProtocolError(f"{type(reply).__name__} came where Welcome was to come")
         session.welcomed(reply)
+        for claim in session.claims_left(reply):
+            connection.post(encode(claim), [claim.call])
+            session.claimed(claim, self._wait(connection))
         for seal in session.seals_again():
             connection.post(encode(seal), [seal.call])
         session.channel.install(connection)

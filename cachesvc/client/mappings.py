@@ -34,7 +34,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cachesvc.arena.layout import STATE_SEALED, decode_header, table_bytes, word, words_view
+from cachesvc.arena.layout import STATE_SEALED, STATE_WRITING, decode_header, table_bytes, word, words_view
 from cachesvc.errors import FormatError, ProtocolError
 from cachesvc.wire.framing import PREFACE_DESCRIPTORS, FrameReader, decode_descriptor_reply, encode, preface
 from cachesvc.wire.messages import Attach, Attached, DescriptorReply, ExtentInfo, ExtentsHeld, ExtentsWanted, Unmapped
@@ -57,7 +57,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 class Mapping:
     """One extent, mapped: `data` read-write, the table read-only."""
 
-    __slots__ = ("__weakref__", "_populated", "_table", "_words", "data", "extent", "slot_bytes")
+    __slots__ = ("__weakref__", "_populated", "_table", "_words", "arena", "data", "extent", "slot_bytes")
 
     def __init__(self, info: ExtentInfo, arena: bytes, data_fd: int, table_fd: int) -> None:
         """OSError if it can't be mapped, FormatError if the table isn't that of this extent of this arena."""
@@ -77,6 +77,8 @@ class Mapping:
             info.slot_count,
         ):
             raise FormatError(f"the table that came for extent {info.extent} is another's")
+        self.arena = arena
+        """Uuid of the arena that the extent is of: another one may have an extent of the same number."""
         self.extent = info.extent
         self.slot_bytes = info.slot_bytes
         self.data = memoryview(memory)
@@ -93,6 +95,10 @@ class Mapping:
     def sealed(self, slot: int, generation: int) -> bool:
         """Does the slot still hold what it held at `generation`?"""
         return bool(self._words.item(slot) == word(generation, STATE_SEALED))
+
+    def writing(self, slot: int, generation: int) -> bool:
+        """Is the slot given out for writing at `generation`, as far as its table says?"""
+        return bool(self._words.item(slot) == word(generation, STATE_WRITING))
 
     def populate(self, counts: Counter[str]) -> bool:
         """Map the pages of the next step; is there more to do? What the kernel refuses is counted and left alone."""
@@ -138,10 +144,10 @@ class Extents:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._disconnect()
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket, self._reader = sock, FrameReader()
             pidfd = _own_pidfd()
             try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._socket, self._reader = sock, FrameReader()
                 sock.settimeout(timeout_s)
                 sock.connect(path)
                 sock.sendall(preface(PREFACE_DESCRIPTORS))
@@ -266,10 +272,13 @@ class Extents:
         return any(mapping.populate(self.counts) for mapping in list(self.mapped.values()))
 
     def close(self) -> None:
-        """Give up everything; views that are alive keep their memory."""
+        """Give up everything, and say so: else the daemon would count it as ours until this process ends. Views that
+        are alive keep their memory, of which the daemon never hears."""
         with self._lock:
             self.mapped = {}
             self.version = -1
+        self.report_gone()
+        with self._lock:
             self._disconnect()
 
     def disown(self) -> None:
@@ -306,10 +315,13 @@ class Extents:
 
 
 def _own_pidfd() -> list[int]:
+    """OSError: there is none now (too many files are open); without it the daemon would go by time for ever."""
     try:
         return [os.pidfd_open(os.getpid())]
-    except OSError:
-        return []  # a kernel before 5.3: the daemon goes by time
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        return []  # a kernel before 5.3, or a sandbox that forbids it: the daemon goes by time
 
 
 def _passed(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

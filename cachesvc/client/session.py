@@ -9,8 +9,19 @@ A ticket is open from the daemon's reply until its owner settles it; meanwhile e
     lease / allocate --> open --> release | seal | abort      (settled: forgotten here)
                            \\--> lost: the daemon came back without it, or with another arena
 
+A Hello names all of them, lost ones too: what it leaves out the daemon gives to others. As many as fit are described in
+full there, writes first, for a daemon that has restarted and has to find them by their slots. The rest are named by
+number, which is enough for one that hasn't; those that it doesn't know are described in Claims after the Welcome::
+
+    Hello --> Welcome --> lost: described, not kept
+                 |---> kept
+                 +---> Claim --> Claimed --> kept, or lost
+
 Bytes under a lost lease count as changed; a lost write is never sealed. "No" is a value here: whatever happens to the
 daemon, calls answer, with the reason as state. ValueError is for the caller's mistakes only: keys, groups, sizes.
+
+A session is *superseded* when another scheduler came with the same session id: the daemon refuses it from then on, and
+it never tries to be served again. It says Hello only to tell what it still uses, until that is nothing.
 
 `_leases` and `_writes` are changed by the thread whose ticket it is, in single steps, and read by the background
 thread.
@@ -19,17 +30,17 @@ thread.
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, TypeVar
 
 from cachesvc.client.channel import Channel
+from cachesvc.client.grants import WINDOW, Grant, Identity, KeyRun, Peek, Ticket
 from cachesvc.client.mappings import Extents
-from cachesvc.errors import ProtocolError
+from cachesvc.client.replies import NO_SLOTS, allocated, expect, leased, looked, of
 from cachesvc.types import (
-    GROUPS_MAX,
-    KEYS_PER_MESSAGE_MAX,
     AllocateState,
     KeyState,
     Priority,
@@ -41,6 +52,8 @@ from cachesvc.wire.messages import (
     Abort,
     Allocate,
     Allocated,
+    Claim,
+    Claimed,
     ControlReply,
     Done,
     EndRequests,
@@ -48,7 +61,6 @@ from cachesvc.wire.messages import (
     KeyBatch,
     Lease,
     Leased,
-    Looked,
     Lookup,
     OpenLease,
     OpenWrite,
@@ -56,7 +68,6 @@ from cachesvc.wire.messages import (
     Release,
     Seal,
     Sealed,
-    Slots,
     Welcome,
     pack_keys,
 )
@@ -65,136 +76,98 @@ TICKETS_OPEN_MAX: Final = 4096
 """Half of what the daemon allows a session; above it calls answer NO_ROOM."""
 
 CLAIM_BYTES_MAX: Final = FRAME_BYTES_MAX // 2
-"""Of tickets named in a Hello, as estimated; more can't be claimed and are lost."""
+"""Of tickets described in one message, as estimated."""
+
+
+PATIENCE_S: Final = 0.1
+"""What a daemon must be given to be blamed for a missed deadline, if the caller used up the rest itself."""
+
+
+MEMBER_BYTES: Final = 8
+_FIRST_TICKETS: Final = 1 << 50
 
 _RAM: Final = bytes([KeyState.RAM])
 _NEW: Final = bytes([AllocateState.NEW])
-_NO_SLOTS: Final = Slots([], [], [])
-_KEY_STATES: Final = bytes(KeyState)
-_ALLOCATE_STATES: Final = bytes(AllocateState)
 
-R = TypeVar("R", bound=ControlReply)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who joins which session, in which namespace; see `wire.messages.Hello`."""
-
-    session: bytes
-    role: Role
-    namespace: bytes
-    label: str
-    components: dict[str, str]
-    chunk_bytes: tuple[int, ...]
-
-    def check(self) -> None:
-        """ValueError for what no daemon would take."""
-        if not 16 <= len(self.session) <= 64:
-            raise ValueError(f"a session id has 16 to 64 bytes, not {len(self.session)}")
-        if not 1 <= len(self.chunk_bytes) <= GROUPS_MAX:
-            raise ValueError(f"a namespace has 1 to {GROUPS_MAX} KV groups, not {len(self.chunk_bytes)}")
-        for size in self.chunk_bytes:
-            if not isinstance(size, int) or not 0 < size < 1 << 32:
-                raise ValueError(f"chunk_bytes is 1 to {(1 << 32) - 1}, not {size!r}")
-
-
-class KeyRun:
-    """Keys of one KV group, in prefix order, checked and packed for the wire in batches that a message may hold.
-
-    ValueError for keys that aren't 1 to 64 bytes long, or a group that can't be.
-    """
-
-    __slots__ = ("batches", "group", "keys")
-
-    def __init__(self, group: int, keys: Sequence[bytes]) -> None:
-        self.group = group
-        self.keys = keys
-        self.batches = [pack_keys(group, part) for part in self.parts()]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def parts(self) -> list[Sequence[bytes]]:
-        """The keys of each batch."""
-        if len(self.keys) <= KEYS_PER_MESSAGE_MAX:
-            return [self.keys] if self.keys else []
-        return [self.keys[at : at + KEYS_PER_MESSAGE_MAX] for at in range(0, len(self.keys), KEYS_PER_MESSAGE_MAX)]
-
-    def sizes(self) -> list[int]:
-        """How many keys each batch has."""
-        return [len(part) for part in self.parts()]
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One ticket: what one message got. `keys` of a write are those that got a slot, in the order of `slots`."""
-
-    number: int
-    slots: Slots
-    keys: KeyBatch | None = None
-    lost: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Grant:
-    """What one call got: a state for each key, and tickets (one a message) for the keys that got a slot, in order."""
-
-    states: bytes
-    tickets: list[Ticket] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    """Bytes stored in each leased slot."""
-
-    def places(self) -> Iterator[tuple[int, int, int]]:
-        """(extent, slot, generation) of every slot, in order."""
-        for ticket in self.tickets:
-            yield from zip(ticket.slots.extents, ticket.slots.slots, ticket.slots.generations, strict=True)
-
-    @property
-    def lost(self) -> bool:
-        """Is any of the tickets not ours any more?"""
-        return any(ticket.lost for ticket in self.tickets)
+T = TypeVar("T")
 
 
 class Session:
     """A process's part in a session. Thread-safe; no call takes longer than its deadline (monotonic seconds)."""
 
-    def __init__(self, identity: Identity, wake: Callable[[], None]) -> None:
+    def __init__(self, identity: Identity, wake: Callable[[], None], first_ticket: int | None = None) -> None:
+        """`first_ticket`: the lowest number of its tickets (default: a random one, as no two in a session share it)."""
         identity.check()
         self.identity = identity
+        self.member = secrets.token_bytes(MEMBER_BYTES)
+        """Tells it from other sessions of this process."""
         self.channel = Channel(wake, self._hear)
         self.extents = Extents(slot_bytes_for(size) for size in identity.chunk_bytes)
         self.arena = b""
         """Uuid of the daemon's arena; b"" until it was heard."""
         self.refusal = ""
-        """Why the daemon won't have this namespace; nothing works from then on."""
+        """Why the daemon won't have this namespace, and never had; "" once it does."""
+        self.superseded = ""
+        """Who took our place; nothing works from then on. "" = nobody did."""
         self.misses: dict[KeyState, int] = {state: 0 for state in KeyState if state >= KeyState.NEVER_STORED}
         """Keys asked for and not had, by reason."""
         self.refusals: dict[AllocateState, int] = {state: 0 for state in AllocateState if state >= AllocateState.BUSY}
         """Keys that got no slot to write, by reason; RETRY also when there was no answer."""
         self.unsealed = 0
         """Write tickets that couldn't be sealed."""
-        self._tickets = itertools.count(1)
+        self._tickets = itertools.count(1 + secrets.randbelow(_FIRST_TICKETS) if first_ticket is None else first_ticket)
+        self._requests = itertools.count(1 << 63 | secrets.randbits(32) << 30)
+        self._welcomed = False
+        self._named: frozenset[int] = frozenset()
+        """Tickets that the last Hello named."""
+        self._described: frozenset[int] = frozenset()
+        """Those of them that it described in full."""
+        self._told: frozenset[int] | None = None
+        """Tickets named in the last Hello that was refused because we are superseded."""
         self._leases: dict[int, Ticket] = {}
         self._writes: dict[int, Ticket] = {}
         self._sealing: dict[int, tuple[Grant, list[int]]] = {}
         """Call number of a Seal that nobody waits for -> what it seals (one ticket) and the lengths."""
+        self._peeking: dict[int, tuple[Peek, int, int]] = {}
+        """Call number of a Lookup that nobody waits for -> whose it is, which part of it, how many keys."""
         self._counting = threading.Lock()  # the counters above
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def lookup(self, keys: KeyRun, deadline: float, *, request: int = 0, touch: bool = False) -> bytes:
         """One `KeyState` byte a key; every key is probed. `touch`: this is the arrival of `request`."""
-        number, sizes = self.channel.number, keys.sizes()
-        calls = [Lookup(number(), batch, request, touch) for batch in keys.batches]
+        states = b""
+        for batches, parts in keys.windows():
+            calls = [Lookup(self.channel.number(), batch, request, touch) for batch in batches]
 
-        def accept(replies: list[ControlReply]) -> bytes:
-            return b"".join([_looked(reply, size) for reply, size in zip(replies, sizes, strict=True)])
+            def accept(replies: list[ControlReply], sizes: Sequence[int] = tuple(map(len, parts))) -> bytes:
+                return b"".join([looked(reply, size) for reply, size in zip(replies, sizes, strict=True)])
 
-        states = self.channel.call(calls, accept, deadline) if calls else b""
-        if isinstance(states, KeyState):
-            states = _of(states, len(keys))
+            got = self._window(calls, accept, deadline, None, first=not states)
+            if isinstance(got, KeyState):
+                states += of(got, len(keys) - len(states))
+                break
+            states += got
         self.count_misses(states)
         return states
+
+    def peek(self, runs: Sequence[KeyRun], *, request: int = 0, touch: bool = False) -> Peek | None:
+        """Like `lookup`, of several runs one after the other, without waiting; None: it couldn't be asked.
+
+        The answer is in what this returns after a later `channel.listen`, or call; it never comes if the connection is
+        lost, unless it's `welcomed` again: then everything counts as a miss.
+        """
+        number = self.channel.number
+        calls = [Lookup(number(), batch, request, touch) for run in runs for batch in run.batches]
+        sizes = [size for run in runs for size in run.sizes()]
+        peek = Peek(sizes)
+        for part, (call, size) in enumerate(zip(calls, sizes, strict=True)):
+            self._peeking[call.call] = peek, part, size
+        if calls and not self.channel.post(calls, 0.0):
+            for call in calls:
+                self._peeking.pop(call.call, None)
+            return None
+        return peek
 
     def lease(
         self, keys: KeyRun, deadline: float, *, request: int = 0, touch: bool = False, prefix: bool = True
@@ -203,21 +176,26 @@ class Session:
 
         States are of `KeyState`; those behind the leading run's end repeat the state of the gap.
         """
-        tickets = self._number_tickets(keys)
-        calls = [
-            Lease(self.channel.number(), ticket, batch, request, touch, prefix)
-            for ticket, batch in zip(tickets, keys.batches, strict=False)
-        ]
+        grant, room = Grant(b""), self._room(keys)
+        for batches, parts in keys.windows() if room else ():
+            tickets = [next(self._tickets) for _ in batches]
+            calls = [
+                Lease(self.channel.number(), ticket, batch, request, touch, prefix)
+                for ticket, batch in zip(tickets, batches, strict=True)
+            ]
 
-        def accept(replies: list[ControlReply]) -> Grant:
-            grant = Grant(b"")
-            for ticket, reply, size in zip(tickets, replies, keys.sizes(), strict=True):
-                self._accept_lease(grant, ticket, _leased(reply, size, prefix=prefix), prefix=prefix)
-            return grant
+            def accept(
+                replies: list[ControlReply], tickets: Sequence[int] = tickets, parts: Sequence[Sequence[bytes]] = parts
+            ) -> None:
+                for ticket, reply, part in zip(tickets, replies, parts, strict=True):
+                    self._accept_lease(grant, ticket, leased(reply, len(part), prefix=prefix), prefix=prefix)
 
-        grant = self.channel.call(calls, accept, deadline, (Release, tickets)) if calls else KeyState.NO_ROOM
-        if isinstance(grant, KeyState):
-            grant = Grant(_of(grant, len(keys)))
+            if not self._granted(grant, self._leases, calls, accept, tickets, Release, deadline):
+                break
+            if prefix and grant.states.count(_RAM) < len(grant.states):
+                grant.states += of(grant.states[-1], len(keys) - len(grant.states))
+                break
+        grant.states += of(grant.failed if room else KeyState.NO_ROOM, len(keys) - len(grant.states))
         self.count_misses(grant.states)
         return grant
 
@@ -229,21 +207,27 @@ class Session:
         States are of `AllocateState`; without an answer all are RETRY. Once a message met a refusal, what later
         messages got is given back: it would lie behind a hole.
         """
-        tickets = self._number_tickets(keys)
-        calls = [
-            Allocate(self.channel.number(), ticket, batch, request, priority)
-            for ticket, batch in zip(tickets, keys.batches, strict=False)
-        ]
+        grant = Grant(b"")
+        for batches, parts in keys.windows() if self._room(keys) else ():
+            tickets = [next(self._tickets) for _ in batches]
+            calls = [
+                Allocate(self.channel.number(), ticket, batch, request, priority)
+                for ticket, batch in zip(tickets, batches, strict=True)
+            ]
 
-        def accept(replies: list[ControlReply]) -> Grant:
-            grant = Grant(b"")
-            for ticket, reply, part in zip(tickets, replies, keys.parts(), strict=True):
-                self._accept_write(grant, ticket, _allocated(reply, len(part)), keys.group, part)
-            return grant
+            def accept(
+                replies: list[ControlReply], tickets: Sequence[int] = tickets, parts: Sequence[Sequence[bytes]] = parts
+            ) -> None:
+                for ticket, reply, part in zip(tickets, replies, parts, strict=True):
+                    self._accept_write(grant, ticket, allocated(reply, len(part)), keys.group, part)
 
-        grant = self.channel.call(calls, accept, deadline, (Abort, tickets)) if calls else KeyState.NO_ROOM
-        if isinstance(grant, KeyState):
-            grant = Grant(_of(AllocateState.RETRY, len(keys)))
+            if not self._granted(grant, self._writes, calls, accept, tickets, Abort, deadline):
+                break
+            refused = next((state for state in grant.states if state >= AllocateState.RETRY), None)
+            if refused is not None:
+                grant.states += of(refused, len(keys) - len(grant.states))
+                break
+        grant.states += of(AllocateState.RETRY, len(keys) - len(grant.states))
         if grant.states.count(_NEW) < len(keys):
             with self._counting:
                 for reason in self.refusals:
@@ -265,26 +249,27 @@ class Session:
 
         False: some tickets weren't sealed (lost, no daemon, deadline missed). They are counted, and aborted. Once only.
         """
-        calls, tickets, at = [], [], 0
+        calls, at = [], 0
         for ticket in grant.tickets:
             mine = list(lengths[at : at + len(ticket.slots)])
             at += len(mine)
             if not ticket.lost:
                 calls.append(Seal(self.channel.number(), ticket.number, mine))
-                tickets.append(ticket.number)
 
         def accept(replies: list[ControlReply]) -> int:
-            return sum(not isinstance(reply, Refused) and _expect(reply, Sealed).ok for reply in replies)
+            return sum(not isinstance(reply, Refused) and expect(reply, Sealed).ok for reply in replies)
 
-        sealed: int | KeyState = 0
+        sealed = 0
         try:
-            if calls:
-                sealed = self.channel.call(calls, accept, deadline)
+            for first in range(0, len(calls), WINDOW):
+                got = self._window(calls[first : first + WINDOW], accept, deadline, None, first=not first)
+                if isinstance(got, KeyState):
+                    break
+                sealed += got
         finally:
-            if isinstance(sealed, KeyState) or sealed < len(grant.tickets):
+            if sealed < len(grant.tickets):
                 # an abort of what was sealed after all changes nothing
                 self._settle(self._writes, grant, Abort)
-                sealed = 0 if isinstance(sealed, KeyState) else sealed
                 with self._counting:
                     self.unsealed += len(grant.tickets) - sealed
             else:
@@ -304,7 +289,7 @@ class Session:
             return False
         call = self.channel.number()
         self._sealing[call] = grant, list(lengths)
-        if self.channel.post(Seal(call, ticket.number, list(lengths)), deadline):
+        if self.channel.post([Seal(call, ticket.number, list(lengths))], deadline):
             return True
         if self._sealing.pop(call, None) is not None:
             self._settle(self._writes, grant, Abort)
@@ -313,7 +298,7 @@ class Session:
 
     def writes_elsewhere(self, ticket: int) -> None:
         """This process, a worker, writes slots of a ticket that the session's scheduler holds, until `done`."""
-        self._writes[ticket] = Ticket(ticket, _NO_SLOTS, KeyBatch(0, [], b""))
+        self._writes[ticket] = Ticket(ticket, NO_SLOTS, KeyBatch(0, [], b""), arena=self.arena)
 
     def done(self, tickets: Sequence[int]) -> None:
         """This process writes the slots of these tickets of the session no more."""
@@ -341,7 +326,13 @@ class Session:
 
     def hello(self, token: bytes) -> Hello:
         """What to say first on a new connection."""
-        identity, claims = self.identity, self._claims()
+        identity = self.identity
+        writes, leases = list(self._writes.values()), list(self._leases.values())
+        claims = self._claims(
+            [t for t in (*writes, *leases) if not t.lost or (self.superseded and t.arena == self.arena)]
+        )
+        self._named = frozenset(ticket.number for ticket in (*writes, *leases))
+        self._described = described = frozenset(ticket.number for ticket in claims)
         return Hello(
             call=self.channel.number(),
             session=identity.session,
@@ -355,7 +346,27 @@ class Session:
                 OpenWrite(ticket.number, ticket.keys, ticket.slots) for ticket in claims if ticket.keys is not None
             ],
             leases=[OpenLease(ticket.number, ticket.slots) for ticket in claims if ticket.keys is None],
+            member=self.member,
+            arena=self.arena,
+            open_writes=self._by_number(writes, described),
+            open_leases=self._by_number(leases, described),
+            over=bool(self.superseded),
         )
+
+    def _by_number(self, tickets: Sequence[Ticket], described: Collection[int]) -> list[int]:
+        """Those of this arena that aren't described."""
+        return [t.number for t in tickets if t.number not in described and t.arena in (b"", self.arena)]
+
+    def turned_away(self, why: str) -> None:
+        """The daemon answered Hello so: another scheduler has this session."""
+        self.superseded = why
+        self._told = self._named
+        for ticket in (*list(self._writes.values()), *list(self._leases.values())):
+            ticket.lost = True
+
+    def untold(self) -> bool:
+        """Superseded: have tickets ended that the daemon believes to be in use?"""
+        return bool(self._told) and self._told != frozenset((*self._writes, *self._leases))
 
     def welcomed(self, welcome: Welcome) -> None:
         """The daemon knows us again; what it hasn't kept is lost.
@@ -364,10 +375,51 @@ class Session:
         """
         other = self.extents.enter(welcome.arena)
         self.arena = welcome.arena
-        for tickets, kept in (self._writes, welcome.writes_kept), (self._leases, welcome.leases_kept):
+        self.refusal, self._welcomed = "", True
+        for tickets, kept in (self._writes, set(welcome.writes_kept)), (self._leases, set(welcome.leases_kept)):
             for ticket in list(tickets.values()):
+                if ticket.number not in kept and not other and ticket.number not in self._described:
+                    continue  # named by number, not known by number: see `claims_left`
                 if other or ticket.number not in kept:
                     ticket.lost = True
+        for call in list(self._peeking):
+            asked = self._peeking.pop(call, None)
+            if asked is not None:
+                asked[0].take(asked[1], of(KeyState.DAEMON_DOWN, asked[2]))
+
+    def refused(self, why: str) -> None:
+        """The daemon answered Hello so: it won't have this namespace. Only news if it never had it."""
+        if not self._welcomed:
+            self.refusal = why
+
+    def claims_left(self, welcome: Welcome) -> list[Claim]:
+        """After Welcome: descriptions of tickets that it doesn't keep and that Hello only named by number."""
+        kept = {*welcome.writes_kept, *welcome.leases_kept}
+        tickets = [*list(self._writes.values()), *list(self._leases.values())]
+        left = [t for t in tickets if t.number not in kept and t.number not in self._described and not t.lost]
+        claims = []
+        while left and self.identity.role is Role.SCHEDULER:
+            some = self._claims(left)
+            if not some:
+                break
+            left = left[len(some) :]
+            claims.append(
+                Claim(
+                    self.channel.number(),
+                    [OpenWrite(t.number, t.keys, t.slots) for t in some if t.keys is not None],
+                    [OpenLease(t.number, t.slots) for t in some if t.keys is None],
+                )
+            )
+        return claims
+
+    def claimed(self, claim: Claim, reply: ControlReply) -> None:
+        """The answer to one of `claims_left`: what isn't kept is lost."""
+        answer = expect(reply, Claimed)
+        kept = {*answer.writes_kept, *answer.leases_kept}
+        for number in (*[w.ticket for w in claim.writes], *[lease.ticket for lease in claim.leases]):
+            ticket = self._writes.get(number) or self._leases.get(number)
+            if ticket is not None and number not in kept:
+                ticket.lost = True
 
     def seals_again(self) -> list[Seal]:
         """After Welcome: the seals whose outcome nobody knows, for the new connection."""
@@ -390,6 +442,11 @@ class Session:
             sealed = isinstance(reply, Sealed) and reply.ok
             self._settle(self._writes, found[0], None)
             self._count_unsealed(0 if sealed else 1)
+        asked = self._peeking.get(reply.call) if self._peeking else None
+        if asked is not None:
+            peek, part, size = asked
+            peek.take(part, looked(reply, size))
+            self._peeking.pop(reply.call, None)
 
     def _count_unsealed(self, tickets: int) -> None:
         with self._counting:
@@ -403,31 +460,80 @@ class Session:
         for ticket in (*self._writes.values(), *self._leases.values()):
             ticket.lost = True
 
-    def _claims(self) -> list[Ticket]:
-        """Open tickets, writes first, as many as a Hello can name."""
+    @staticmethod
+    def _claims(tickets: Sequence[Ticket]) -> list[Ticket]:
+        """The first of them, as many as one message can describe."""
         claims, room_bytes = [], CLAIM_BYTES_MAX
-        for ticket in (*list(self._writes.values()), *list(self._leases.values())):
-            room_bytes -= 32 + 24 * len(ticket.slots) + (len(ticket.keys.blob) if ticket.keys is not None else 0)
-            if not ticket.lost and room_bytes >= 0:
-                claims.append(ticket)
+        for ticket in tickets:
+            room_bytes -= ticket.claim_bytes()
+            if room_bytes < 0:
+                break
+            claims.append(ticket)
         return claims
 
     # --- tickets ----------------------------------------------------------------------------------------------------
 
-    def _number_tickets(self, keys: KeyRun) -> list[int]:
-        """A ticket number for each batch; none at all if too many are open."""
-        if len(self._leases) + len(self._writes) + len(keys.batches) > TICKETS_OPEN_MAX:
-            return []
-        return [next(self._tickets) for _ in keys.batches]
+    def private_request(self) -> int:
+        """A number for a request that the caller has none for. `end_requests` when it is over."""
+        return next(self._requests)
+
+    def _room(self, keys: KeyRun) -> bool:
+        """May there be a ticket more for each batch?"""
+        return len(self._leases) + len(self._writes) + len(keys.batches) <= TICKETS_OPEN_MAX
+
+    def _window(
+        self,
+        calls: Sequence[Lookup | Lease | Allocate | Seal],
+        accept: Callable[[list[ControlReply]], T],
+        deadline: float,
+        undo: tuple[type[Release | Abort], Sequence[int]] | None,
+        *,
+        first: bool,
+    ) -> T | KeyState:
+        """Some messages of a call that has more. What we did with the earlier answers isn't the daemon's slowness."""
+        if first:
+            return self.channel.call(calls, accept, deadline, undo)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return KeyState.DEADLINE
+        return self.channel.call(calls, accept, deadline, undo, blame=left_s >= PATIENCE_S)
+
+    def _granted(
+        self,
+        grant: Grant,
+        opened: dict[int, Ticket],
+        calls: Sequence[Lease | Allocate],
+        accept: Callable[[list[ControlReply]], None],
+        tickets: Sequence[int],
+        undo: type[Release | Abort],
+        deadline: float,
+    ) -> bool:
+        """Did a window bring its part of a grant? If not, or after an exception, nothing of it is open; after an
+        exception nothing of the whole grant, as nobody gets to see it."""
+        before = len(grant.tickets), len(grant.lengths), len(grant.states)
+        try:
+            failed = self._window(calls, accept, deadline, (undo, tickets), first=not grant.states)
+        except BaseException:
+            for ticket in [*[t.number for t in grant.tickets], *tickets]:
+                opened.pop(ticket, None)
+            self.channel.tell(undo, [ticket.number for ticket in grant.tickets])
+            raise
+        if failed is None:
+            return True
+        for ticket in tickets:
+            opened.pop(ticket, None)
+        del grant.tickets[before[0] :], grant.lengths[before[1] :]
+        grant.states, grant.failed = grant.states[: before[2]], failed
+        return False
 
     def _accept_lease(self, grant: Grant, ticket: int, leased: Leased, *, prefix: bool) -> None:
         states, slots = leased.states, leased.slots
         if prefix and grant.states.count(_RAM) < len(grant.states):
-            states = _of(grant.states[-1], len(states))
+            states = of(grant.states[-1], len(states))
             if len(slots):
                 self.channel.tell(Release, [ticket])
         elif len(slots):
-            opened = self._leases[ticket] = Ticket(ticket, slots)
+            opened = self._leases[ticket] = Ticket(ticket, slots, arena=self.arena)
             grant.tickets.append(opened)
             grant.lengths += leased.lengths
         grant.states += states
@@ -436,12 +542,12 @@ class Session:
         states, slots = got.states, got.slots
         refused = next((state for state in grant.states if state >= AllocateState.RETRY), None)
         if refused is not None:
-            states = states.replace(_NEW, _of(refused, 1))
+            states = states.replace(_NEW, of(refused, 1))
             if len(slots):
                 self.channel.tell(Abort, [ticket])
         elif len(slots):
             new = [key for key, state in zip(part, states, strict=True) if state == AllocateState.NEW]
-            opened = self._writes[ticket] = Ticket(ticket, slots, pack_keys(group, new))
+            opened = self._writes[ticket] = Ticket(ticket, slots, pack_keys(group, new), arena=self.arena)
             grant.tickets.append(opened)
         grant.states += states
 
@@ -458,55 +564,3 @@ class Session:
         if kind is not None and grant.tickets:
             tell = self.channel.tell_along if along else self.channel.tell
             tell(kind, [ticket.number for ticket in grant.tickets])
-
-
-# --- replies that may be believed -----------------------------------------------------------------------------------
-
-
-def _of(state: int, count: int) -> bytes:
-    """`count` times the same state."""
-    return bytes((state,)) * count
-
-
-def _expect(reply: ControlReply, kind: type[R]) -> R:
-    if not isinstance(reply, kind):
-        raise ProtocolError(f"{type(reply).__name__} came where {kind.__name__} was to come")
-    return reply
-
-
-def _looked(reply: ControlReply, size: int) -> bytes:
-    """The states of a lookup of `size` keys. A refusal (a limit) says that there is no room."""
-    if isinstance(reply, Refused):
-        return _of(KeyState.NO_ROOM, size)
-    states = _expect(reply, Looked).states
-    if len(states) != size or states.translate(None, _KEY_STATES):
-        raise ProtocolError(f"{len(states)} states came for {size} keys, or states that nobody knows")
-    return states
-
-
-def _leased(reply: ControlReply, size: int, *, prefix: bool) -> Leased:
-    """A lease of `size` keys with a state for each: what is missing behind a leading run gets the state of the gap."""
-    if isinstance(reply, Refused):
-        return Leased(reply.call, _of(KeyState.NO_ROOM, size), _NO_SLOTS, [], 0)
-    leased = _expect(reply, Leased)
-    states, count = leased.states, len(leased.slots)
-    ends_in_gap = prefix and states != b"" and states[-1] != KeyState.RAM and len(states) < size
-    if (len(states) != size and not ends_in_gap) or states.translate(None, _KEY_STATES):
-        raise ProtocolError(f"{len(states)} states came for {size} keys, or states that nobody knows")
-    if prefix:
-        states += _of(states[-1], size - len(states))
-    run = len(states) - len(states.lstrip(_RAM)) if prefix else count
-    if not states.count(_RAM) == run == count == len(leased.lengths):
-        raise ProtocolError(f"{count} slots and {len(leased.lengths)} lengths came for {states.count(_RAM)} leases")
-    return Leased(leased.call, states, leased.slots, leased.lengths, leased.extents_version)
-
-
-def _allocated(reply: ControlReply, size: int) -> Allocated:
-    """An allocation for `size` keys. A refusal (a limit) says to try again."""
-    if isinstance(reply, Refused):
-        return Allocated(reply.call, _of(AllocateState.RETRY, size), _NO_SLOTS, 0)
-    allocated = _expect(reply, Allocated)
-    states, count = allocated.states, len(allocated.slots)
-    if len(states) != size or states.count(_NEW) != count or states.translate(None, _ALLOCATE_STATES):
-        raise ProtocolError(f"{len(states)} states and {count} slots came for {size} keys, or states that nobody knows")
-    return allocated

@@ -94,9 +94,12 @@ class TableColumns:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A process joins a session (or comes back to it) and opens its namespace; `chunk_bytes[g]` is group g's.
+    """A client joins a session (or comes back to it) and opens its namespace; `chunk_bytes[g]` is group g's.
 
-    The tenant comes from the socket, never from the client.
+    The tenant comes from the socket, never from the client. `member` tells the clients of one process apart.
+    `open_writes` and `open_leases` are numbers of tickets that it may still use and that `writes` and `leases` don't
+    describe: together these four are complete, and what they leave out it uses no more. `over`: it was told that
+    another scheduler came after it, and only says what it still holds.
     """
 
     connection: int
@@ -111,6 +114,20 @@ class Hello:
     chunk_bytes: tuple[int, ...]
     writes: tuple[WriteClaim, ...] = ()
     leases: tuple[LeaseClaim, ...] = ()
+    member: bytes = b""
+    open_writes: tuple[int, ...] = ()
+    open_leases: tuple[int, ...] = ()
+    over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """After Welcome: descriptions of tickets that Hello had no room for and that the daemon didn't know by number."""
+
+    connection: int
+    call: int
+    writes: tuple[WriteClaim, ...]
+    leases: tuple[LeaseClaim, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +318,7 @@ class Tick:
 
 Event: TypeAlias = (
     Hello
+    | Claim
     | Lookup
     | Lease
     | Release
@@ -331,6 +349,16 @@ Event: TypeAlias = (
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """Answers Hello. Claims that are not in `writes_kept` / `leases_kept` are lost: stop using their slots."""
+
+    connection: int
+    call: int
+    writes_kept: tuple[int, ...]
+    leases_kept: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Answers Claim, as Welcome does for the claims of Hello."""
 
     connection: int
     call: int
@@ -379,9 +407,10 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Answers a call that breaks a rule or a limit; `kind` is "namespace", "limit" or "protocol".
+    """Answers a call that breaks a rule or a limit; `kind` is "namespace", "limit", "session" or "protocol".
 
-    "protocol" means that the connection is closed after the reply.
+    "session" means that another scheduler of the session came later, "protocol" that the connection is closed after
+    the reply.
     """
 
     connection: int
@@ -466,6 +495,7 @@ class DropExtent:
 
 Effect: TypeAlias = (
     Welcome
+    | Claimed
     | Looked
     | Leased
     | Allocated

@@ -10,12 +10,29 @@ An extent's life; every arrow but the dashed ones is an effect that the runner c
                                                                    +--> DropExtent -> RETIRING - - (all clients unmapped
                                                                         or dead) - -> its bytes are free: MakeSpare
 
+A `Move` says who gets the bytes of a draining extent. Inside a tenant it ends when the extent is handed on. Between
+tenants the bytes come back with other numbers, maybe much later, and the move lasts until the receiver has them::
+
+                 in use, DRAINING         DropExtent, RETIRING        free, SPARE being made       FormatExtent
+    move begins ------------------> held ----------------------> promised -----------------------> move ends, the
+                 |    charged to the donor, to come for the receiver   |  charged to the receiver    receiver rests
+                 |                                                     +--> nobody of the receiver is there: a spare
+                 +--> `MOVE_PATIENCE_S` are over, or the extent was damaged: forgotten, the bytes become a spare
+                      of nobody's
+
+While it lasts (a promise always, the rest for `MOVE_PATIENCE_S`) neither its donor gives nor its receiver gets another
+extent across tenants, and while it drains neither moves any. Whoever is slow to unmap what was taken delays one move
+and not more: an extent that such a process maps isn't taken as long as it hasn't.
+
 Rules (design §5): an active class without an extent gets one before any class gets its second. A class grows while
 there are spares. Then extents move: the one whose hottest slots are coldest, one at a time per tenant, and only if the
 receiver evicts chunks younger than half the age of the donor's oldest. The factor makes it stable under even load:
 moving an extent from n to n-1 and m to m+1 changes the ages' ratio by less than 4 wherever the donor keeps at least one
 extent, so the opposite move can't be due right after it. Under uneven load two more rules do: what a class evicted
 before it got an extent says nothing of how it fares with it, and a class that got one rests before it gives one.
+
+What a tenant's clients damage is charged to the tenant as long as they map it: until then it grows to its even share at
+the most and, but for what it is guaranteed, gets nothing that another tenant has.
 """
 
 from __future__ import annotations
@@ -57,9 +74,9 @@ CLASSES_PER_TENANT_MAX: Final = 256
 
 @dataclass(slots=True)
 class Move:
-    """A draining extent and who gets its bytes."""
+    """Who gets the bytes of an extent, and whose it was."""
 
-    extent: int
+    donor: str
     receiver: SlabClass
     since: float
 
@@ -81,12 +98,15 @@ class Extents:
         self.spares: list[int] = []
         self.making: int | None = None
         self.formatting: dict[int, SlabClass] = {}
-        self.moves: dict[str, Move] = {}
+        self.moves: dict[int, Move] = {}
+        """By the extent that the bytes were in; one that is nowhere any more was freed: a promise."""
         self.dropping: dict[int, str] = {}
         self.retiring: dict[int, str] = {}
         self.mapped: dict[int, set[tuple[int, int]]] = {}
         """Extent -> (process, extent number that it knows these bytes by): a moved extent keeps its data file."""
         self._renamed: dict[int, int] = {}
+        self._damaged: dict[int, str] = {}
+        """Extents, and the tenant whose clients damaged them, until their bytes are free."""
         self.versions: Counter[str] = Counter()
         self.moved = 0
         self._refused_until = float("-inf")
@@ -131,13 +151,28 @@ class Extents:
         return self.used.get(number)
 
     def counts(self) -> Counter[str]:
-        """Extents that each tenant has or is about to get."""
+        """Extents that each tenant is charged for: those that it has, those promised to it, and those that it had and
+        its clients still map."""
         counts: Counter[str] = Counter()
         counts.update(slab.tenant for slab, _ in self.used.values())
         counts.update(slab.tenant for slab in self.formatting.values())
         counts.update(self.dropping.values())
         counts.update(self.retiring.values())
+        counts.update(move.receiver.tenant for number, move in self.moves.items() if not self._taken(number))
         return counts
+
+    def _after_moves(self) -> Counter[str]:
+        """`counts` when every move has come to its end."""
+        counts = self.counts()
+        for number, move in self.moves.items():
+            if self._taken(number):
+                counts[move.donor] -= 1
+                counts[move.receiver.tenant] += 1
+        return counts
+
+    def _taken(self, number: int) -> bool:
+        """Are the bytes of an extent that was in use still taken?"""
+        return number in self.used or number in self.dropping or number in self.retiring
 
     def total(self) -> int:
         """Extents whose bytes are taken or about to be."""
@@ -204,8 +239,19 @@ class Extents:
 
     # --- draining ---------------------------------------------------------------------------------------------------
 
-    def drain(self, number: int, receiver: SlabClass | None, now: float, out: list[Effect]) -> None:
-        """Its chunks are misses from now on; it moves (or goes, if nobody receives it) when nobody holds a slot."""
+    def damage(self, number: int, now: float, out: list[Effect]) -> None:
+        """A client damaged it: it goes, though it was to move."""
+        self._damaged[number] = self.used[number][0].tenant
+        self.moves.pop(number, None)
+        self._drain(number, now, out)
+
+    def _move(self, number: int, receiver: SlabClass, now: float, out: list[Effect]) -> None:
+        """Drain it, and let the receiver have its bytes."""
+        self.moves[number] = Move(self.used[number][0].tenant, receiver, now)
+        self._drain(number, now, out)
+
+    def _drain(self, number: int, now: float, out: list[Effect]) -> None:
+        """Its chunks are misses from now on; it is handed on, or goes, when nobody holds a slot."""
         slab, extent = self.used[number]
         if not extent.draining:
             slab.start_draining(extent)
@@ -219,11 +265,6 @@ class Extents:
                         slab.unseal(n, now)
                         marks.free(slab, n)
             marks.flush(out)
-        if receiver is None:
-            # also if it was to move: what is damaged goes
-            self.moves = {tenant: move for tenant, move in self.moves.items() if move.extent != number}
-        else:
-            self.moves[slab.tenant] = self.moves[receiver.tenant] = Move(number, receiver, now)
         self.finish_drains(now, out)
 
     def finish_drains(self, now: float, out: list[Effect]) -> None:
@@ -233,22 +274,33 @@ class Extents:
                 self._hand_on(number, slab, extent, now, out)
 
     def _hand_on(self, number: int, slab: SlabClass, extent: Extent, now: float, out: list[Effect]) -> None:
-        receiver = None
-        for tenant, move in list(self.moves.items()):
-            if move.extent == number:
-                receiver = move.receiver
-                del self.moves[tenant]
         slab.remove_extent(extent)
         del self.used[number]
         self.versions[slab.tenant] += 1
-        if receiver is not None:
-            receiver.received_at = now
-        if receiver is not None and receiver.tenant == slab.tenant:
+        move = self.moves.get(number)
+        if move is not None and move.receiver.tenant == slab.tenant:
+            del self.moves[number]
             self.moved += 1
-            self._format(number, receiver, out)
+            move.receiver.received_at = now
+            self._format(number, move.receiver, out)
         else:
             self.dropping[number] = slab.tenant
             out.append(DropExtent(number))
+
+    def _keep_promises(self, now: float, out: list[Effect]) -> None:
+        """Bytes that came free for somebody become that class's before anybody else is asked."""
+        for number, move in list(self.moves.items()):
+            if self._taken(number):
+                continue
+            slab = move.receiver
+            counts = self.counts()
+            counts[slab.tenant] -= 1
+            if not self._sessions.connected(slab) or not self._quotas.may_receive(slab.tenant, counts):
+                del self.moves[number]
+            elif self.spares:
+                del self.moves[number]
+                slab.received_at = now
+                self._format(self.spares.pop(0), slab, out)
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
@@ -261,16 +313,18 @@ class Extents:
         if self.making is None and self.total() < self._quotas.extents_max and now >= self._refused_until:
             self.making = self._take_number()
             out.append(MakeSpare(self.making))
+        self._damaged = {number: tenant for number, tenant in self._damaged.items() if self._taken(number)}
+        self._keep_promises(now, out)
         for slab in sorted(self.slabs.values(), key=lambda s: len(s.used_extents())):
-            self.offer(slab, out)
-        self.moves = {t: move for t, move in self.moves.items() if now < move.since + MOVE_PATIENCE_S}
+            self.offer(slab, now, out)
+        self.moves = {n: m for n, m in self.moves.items() if n not in self.used or now < m.since + MOVE_PATIENCE_S}
         for slab in sorted(self.slabs.values(), key=lambda s: len(s.used_extents())):
             if self.may_move and not self.soon(slab):
                 self._move_to(slab, now, out)
 
-    def offer(self, slab: SlabClass, out: list[Effect]) -> None:
+    def offer(self, slab: SlabClass, now: float, out: list[Effect]) -> None:
         """Give the class spares as long as there are any, it wants one and its tenant may have it."""
-        while self.spares and self._wants(slab) and self._quotas.may_grow(slab.tenant, self.counts()):
+        while self.spares and self._wants(slab, now) and self._left(slab.tenant) > 0:
             self._format(self.spares.pop(0), slab, out)
 
     def _shrink(self, now: float, out: list[Effect]) -> None:
@@ -287,29 +341,42 @@ class Extents:
         if over > 0 and self.may_move:
             used = sorted((e.hottest, n) for n, (_, e) in self.used.items() if not e.draining)
             for _, number in used[:over]:
-                self.drain(number, None, now, out)
+                self._drain(number, now, out)
 
     def soon(self, slab: SlabClass) -> bool:
         """Does the class get an extent in a moment, without anybody's doing?"""
         if slab.coming:
             return True
         coming = bool(self.spares) or self.making is not None
-        return coming and self.growing and self._quotas.may_grow(slab.tenant, self.counts())
+        return coming and self.growing and (self._promised(slab) > 0 or self._left(slab.tenant) > 0)
+
+    def _promised(self, slab: SlabClass) -> int:
+        """Extents that were taken from others for this class, whose bytes are free."""
+        return sum(move.receiver is slab and not self._taken(number) for number, move in self.moves.items())
+
+    def _left(self, tenant: str) -> int:
+        """How many more extents the tenant may have that no other has."""
+        return self._quotas.left(tenant, self.counts(), damaged=tenant in self._damaged.values())
 
     def growth(self, slab: SlabClass) -> int:
         """Slots that the class may get beside those it has, without taking any from another."""
         unused = self._quotas.extents_max - self.total() + len(self.spares) + (self.making is not None)
         if unused > 0:
-            unused = min(unused, self._quotas.left(slab.tenant, self.counts()))
-        return (slab.coming + max(0, unused)) * slab.slots_per_extent
+            unused = min(unused, self._left(slab.tenant))
+        return (slab.coming + self._promised(slab) + max(0, unused)) * slab.slots_per_extent
 
     def awaited(self, slab: SlabClass) -> bool:
         """Has the class no extent, and is the first on its way?"""
         return not slab.used_extents() and (self.soon(slab) or not self.growing)
 
-    def _wants(self, slab: SlabClass) -> bool:
-        """Is what is free, or soon will be, less than an engine may ask for while the next extent is being made?"""
+    def _wants(self, slab: SlabClass, now: float) -> bool:
+        """Is what is free, or soon will be, less than an engine may ask for while the next extent is being made?
+
+        A first extent is for whoever is there, a next one for who stores: a class that is full and idle wants nothing.
+        """
         if not self._sessions.connected(slab):
+            return False
+        if slab.used_extents() and now >= slab.asked_at + PRESSURE_S:
             return False
         ahead = min(BURSTS_AHEAD * slab.burst, EXTENTS_AHEAD_MAX * slab.slots_per_extent)
         coming = slab.coming * slab.slots_per_extent
@@ -334,36 +401,64 @@ class Extents:
 
     def _move_to(self, receiver: SlabClass, now: float, out: list[Effect]) -> None:
         """Start one move towards `receiver` if the rules allow it."""
-        if receiver.tenant in self.moves or not self._sessions.connected(receiver):
+        if not self._sessions.connected(receiver):
             return
-        counts = self.counts()
+        counts = self._after_moves()
         without = not receiver.used_extents()
         entitled = self._quotas.entitled(receiver.tenant, counts) and receiver.free_slots == 0
         pressed = now - receiver.evicted_at < PRESSURE_S and receiver.evicted_at > receiver.received_at
         if not (without or entitled or pressed):
             return
-        best: tuple[float, SlabClass] | None = None
+        best: tuple[float, SlabClass, list[Extent]] | None = None
         for donor in self.slabs.values():
-            if not self._may_give(donor, receiver, counts):
+            if donor is receiver or self._engaged(donor.tenant, receiver.tenant, now):
+                continue
+            across = donor.tenant != receiver.tenant
+            if across and receiver.tenant in self._damaged.values() and not entitled:
                 continue
             age = self._age(donor, now)
             young = AGE_FACTOR * (now - receiver.evicted_last_use) < age
             rests = now < donor.received_at + MOVE_REST_S
-            allowed = (pressed and young and not rests) or without or (entitled and donor.tenant != receiver.tenant)
-            if allowed and (best is None or age > best[0]):
-                best = age, donor
-        if best is None:
-            return
-        stuck = any(extent is not None and extent.draining for extent in best[1].extents)
-        extents = [e for e in best[1].used_extents() if not e.quarantined and not (stuck and e.busy)]
-        if extents:
+            allowed = (pressed and young and not rests) or without or (entitled and across)
+            if allowed and (best is None or age > best[0]) and self._may_give(donor, receiver, counts):
+                extents = self._movable(donor, across=across)
+                if extents:
+                    best = age, donor, extents
+        if best is not None:
             # an extent that somebody holds now drains later than one that nobody holds
-            coldest = min(extents, key=lambda extent: (extent.hottest, extent.busy))
-            self.drain(coldest.number, receiver, now, out)
+            coldest = min(best[2], key=lambda extent: (extent.hottest, extent.busy))
+            self._move(coldest.number, receiver, now, out)
+
+    def _engaged(self, donor: str, receiver: str, now: float) -> bool:
+        """Does a move that is under way stand against one between these tenants?"""
+        for number, move in self.moves.items():
+            if number in self.used:
+                if {donor, receiver} & {move.donor, move.receiver.tenant}:
+                    return True
+            elif donor != receiver:
+                fresh = now < move.since + MOVE_PATIENCE_S
+                if move.receiver.tenant == receiver and (fresh or not self._taken(number)):
+                    return True
+                if move.donor == donor and fresh:
+                    return True
+        # nobody gains by taking what can't be made anew
+        return donor != receiver and now < self._refused_until
+
+    def _movable(self, donor: SlabClass, *, across: bool) -> list[Extent]:
+        """Extents of a class that would come free soon if they were drained, as far as one can tell."""
+        stuck = any(extent is not None and extent.draining for extent in donor.extents)
+        extents = [e for e in donor.used_extents() if not e.quarantined and not (stuck and e.busy)]
+        if not across:
+            return extents
+        going = [number for rooms in (self.dropping, self.retiring) for number, t in rooms.items() if t == donor.tenant]
+        slow = set().union(*[self._mapping(number) for number in going])
+        return [extent for extent in extents if slow.isdisjoint(self._mapping(extent.number))]
+
+    def _mapping(self, number: int) -> set[int]:
+        """Processes that map these bytes."""
+        return {process for process, _ in self.mapped.get(number, ())}
 
     def _may_give(self, donor: SlabClass, receiver: SlabClass, counts: Counter[str]) -> bool:
-        if donor is receiver or donor.tenant in self.moves:
-            return False
         keeps = 1 if self._sessions.connected(donor) else 0
         if len(donor.used_extents()) <= keeps:
             return False
@@ -400,3 +495,6 @@ class Extents:
             held = {number for number, (owner, _) in self.used.items() if owner is slab}
             assert held == {e.number for e in slab.extents if e is not None}, "class and arena disagree on extents"
             assert slab.coming == sum(1 for s in self.formatting.values() if s is slab)
+        for number, move in self.moves.items():
+            assert number not in self.used or self.used[number][1].draining, "an extent moves that isn't draining"
+            assert self.slabs.get((move.receiver.tenant, move.receiver.slot_bytes)) is move.receiver, "a class is gone"

@@ -11,6 +11,7 @@ bytes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from cachesvc.core.slots import SlabClass
 
 NAMESPACES_PER_TENANT_MAX: Final = 1024
+
+COMPONENT_BYTES_PER_TENANT_MAX: Final = 1 << 20
+"""Names and values of all its namespaces' components: they are kept, saved and shown, but nothing else needs them."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,10 @@ class Space:
     new: bool = True
     """Nothing was ever sealed here."""
 
+    def held(self) -> bool:
+        """Does anybody write or read a chunk of it?"""
+        return bool(self.writing) or any(map(self.slab.leased, self.sealed.values()))
+
     def digest(self, key: bytes) -> int:
         """64 bits that stand for the key in the policy's ghosts; spaces of one class must not collide."""
         return xxhash.xxh3_64_intdigest(key, self.number)
@@ -100,10 +108,16 @@ class Namespace:
     spaces: list[Space] = field(default_factory=list)
     sessions: int = 0
     counts: Counts = field(default_factory=Counts)
+    component_bytes: int = 0
 
     def idle(self) -> bool:
         """No session has it open and no chunk is left: it can be forgotten."""
         return not self.sessions and not any(space.sealed or space.writing for space in self.spaces)
+
+
+def component_bytes(components: Mapping[str, str]) -> int:
+    """Bytes of names and values, in UTF-8."""
+    return sum(len(name.encode()) + len(value.encode()) for name, value in components.items())
 
 
 class Index:
@@ -119,20 +133,34 @@ class Index:
         """The namespace, if any session of this tenant declared it."""
         return self.namespaces.get((tenant, namespace))
 
-    def room(self, tenant: str) -> bool:
-        """May this tenant declare one more? Forgets idle ones if that makes room."""
+    def room(self, tenant: str, component_bytes: int = 0) -> bool:
+        """May this tenant declare one more, with so many bytes of components? Forgets idle ones if that makes room."""
         mine = [key for key in self.namespaces if key[0] == tenant]
-        if len(mine) < NAMESPACES_PER_TENANT_MAX:
-            return True
+        count, held = len(mine), sum(self.namespaces[key].component_bytes for key in mine)
         for key in mine:
+            if count < NAMESPACES_PER_TENANT_MAX and held + component_bytes <= COMPONENT_BYTES_PER_TENANT_MAX:
+                break
             if self.namespaces[key].idle():
+                count, held = count - 1, held - self.namespaces[key].component_bytes
                 self.forget(*key)
-                return True
-        return False
+        return count < NAMESPACES_PER_TENANT_MAX and held + component_bytes <= COMPONENT_BYTES_PER_TENANT_MAX
+
+    def opened(self, namespace: Namespace) -> None:
+        """A session opens a namespace that is known: it is the last to be given up."""
+        key = namespace.record.tenant, namespace.record.namespace
+        self.namespaces[key] = self.namespaces.pop(key)
+
+    def unused(self, tenant: str) -> Namespace | None:
+        """Of the tenant's namespaces that no session has open and nobody reads, the one opened longest ago; None if
+        there is none."""
+        for (owner, _), namespace in self.namespaces.items():
+            if owner == tenant and not namespace.sessions and not any(map(Space.held, namespace.spaces)):
+                return namespace
+        return None
 
     def declare(self, record: NamespaceRecord, slabs: list[SlabClass]) -> Namespace:
         """Open a namespace that isn't known yet; `slabs[g]` is the slab class of group g."""
-        namespace = Namespace(record)
+        namespace = Namespace(record, component_bytes=component_bytes(record.components))
         for group, (chunk_bytes, slab) in enumerate(zip(record.chunk_bytes, slabs, strict=True)):
             space = Space(self._next_space, group, chunk_bytes, slab, namespace)
             self._next_space += 1

@@ -1,28 +1,29 @@
 """The node: one door through which everything happens. Pure: no I/O, no clock, no randomness.
 
 `Node.handle(event, now) -> list[effect]`; the vocabulary is `core.events`. Covers: who may say what (connections,
-roles, limits), sessions joining and dying, time. Not here: what a message does to slots (`core.transfers`), extents
-(`core.extents`), restarts (`core.restore`).
+roles, limits), sessions joining and dying, time. Not here: whether a namespace may be opened (`core.admission`), what a
+message does to slots (`core.transfers`), extents (`core.extents`), restarts (`core.restore`).
 
 A client's mistake is answered by Refused and changes nothing; an AssertionError out of `handle` is a bug of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cachesvc.core import events as ev
+from cachesvc.core.admission import Admission, Rejected
 from cachesvc.core.extents import Extents
-from cachesvc.core.index import Index, Namespace, Space
+from cachesvc.core.index import Index, Space
 from cachesvc.core.quota import Quotas, TenantQuota
 from cachesvc.core.restore import Restoration
-from cachesvc.core.sessions import SESSIONS_MAX, Session, Sessions, WriteTicket
+from cachesvc.core.sessions import SESSIONS_MAX, Member, Session, Sessions, WriteTicket
 from cachesvc.core.slots import WRITABLE, SlabClass, SlotState
 from cachesvc.core.snapshot import snapshot
 from cachesvc.core.transfers import Marks, Transfers, slot_run
-from cachesvc.types import GROUPS_MAX, KEYS_PER_MESSAGE_MAX, NAMESPACE_BYTES, PAGE_BYTES, Priority, Role, slot_bytes_for
+from cachesvc.types import KEYS_PER_MESSAGE_MAX, Priority, Role, slot_bytes_for
 
 WELCOME_WAIT_S: Final = 2.0
 """A Hello waits this long for the first extent of its class, so that the first write finds room."""
@@ -42,15 +43,6 @@ class NodeSettings:
     restart_grace_s: float = 5.0
 
 
-class Rejected(Exception):  # noqa: N818 - never leaves this module: it carries a Refused up to the door
-    """The event breaks a rule of its sender's; becomes a Refused effect."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-        self.detail = detail
-
-
 class Node:
     """All state of the service on one node. Owned by whoever calls `handle`, one caller at a time."""
 
@@ -63,6 +55,7 @@ class Node:
             self.index, self.sessions, self.quotas, settings.extent_bytes, settings.eviction, next_extent
         )
         self.transfers = Transfers(self.index, self.sessions, self.extents.soon, self.extents.growth)
+        self.admission = Admission(self.index, self.extents, self.transfers, self.quotas)
         self.restoration = Restoration(self.index, self.extents)
         self._quarantined: dict[WriteTicket, None] = {}
         """An ordered set: a run with the same events does the same."""
@@ -79,6 +72,7 @@ class Node:
             ev.Done: self._done,
             ev.EndRequests: self._end_requests,
             ev.Hello: self._hello,
+            ev.Claim: self._claim,
             ev.ConnectionLost: self._connection_lost,
             ev.ProcessDied: self._process_died,
             ev.SpareMade: lambda e, now, out: self._extent_came(lambda: self.extents.spare_made(e.extent), now, out),
@@ -110,7 +104,9 @@ class Node:
     # --- joining ----------------------------------------------------------------------------------------------------
 
     def _hello(self, event: ev.Hello, now: float, out: list[ev.Effect]) -> None:
-        self._check_hello(event)
+        if event.connection in self.sessions.by_connection:
+            raise Rejected("protocol", "hello was said on this connection already")
+        self.admission.check(event)
         record = ev.NamespaceRecord(
             event.tenant, event.namespace, event.label, dict(event.components), event.chunk_bytes
         )
@@ -118,80 +114,107 @@ class Node:
         if session is None:
             if len(self.sessions.by_name) >= SESSIONS_MAX:
                 raise Rejected("limit", f"{SESSIONS_MAX} sessions are open on this node, the most it serves")
-            session = Session(event.session, event.tenant, self._open(record, out))
+            session = Session(event.session, event.tenant, self.admission.open(record, now, out))
             session.namespace.sessions += 1
+            self.sessions.by_name[event.tenant, event.session] = session
         elif session.namespace.record.namespace != event.namespace:
             raise Rejected("protocol", "this session is open in another namespace; start a new session for this one")
         else:
-            self._check_sizes(session.namespace, record)
-        if event.role is Role.SCHEDULER and session.scheduler is not None:
-            # it reconnected before we saw its old connection end
-            self._lose(session.scheduler, now)
-        self.sessions.join(session, event.connection, event.process)
-        writes: tuple[int, ...] = ()
-        leases: tuple[int, ...] = ()
-        if event.role is Role.SCHEDULER:
-            session.scheduler = event.connection
-            writes = tuple(c.ticket for c in event.writes if self._claim_write(session, c))
-            leases = tuple(c.ticket for c in event.leases if self._claim_lease(session, c, now))
-            self._end_unnamed_leases(session, set(leases), now, out)
-        self._end_unnamed_writes(session, event, now, out)
-        welcome = ev.Welcome(event.connection, event.call, writes, leases)
+            self.admission.check_sizes(session.namespace, record)
+        member = event.process, event.member
+        if event.role is Role.WORKER:
+            self._join_worker(session, event, member)
+            welcome = ev.Welcome(event.connection, event.call, (), ())
+        elif event.over or member in session.past:
+            self._turn_away(session, event, member, now, out)
+            return
+        else:
+            welcome = self._join_scheduler(session, event, member, now, out)
         self._welcomes.append((now + WELCOME_WAIT_S, session, welcome))
         self.extents.plan(now, out)
         self._send_welcomes(now, out)
 
-    def _check_hello(self, event: ev.Hello) -> None:
-        if event.connection in self.sessions.by_connection:
-            raise Rejected("protocol", "hello was said on this connection already")
-        if not self.quotas.knows(event.tenant):
-            raise Rejected("protocol", f"tenant {event.tenant!r} is not configured on this node")
-        if not 16 <= len(event.session) <= 64:
-            raise Rejected("protocol", f"a session id has 16 to 64 bytes, not {len(event.session)}")
-        if len(event.namespace) != NAMESPACE_BYTES:
-            raise Rejected("protocol", f"a namespace digest has {NAMESPACE_BYTES} bytes, not {len(event.namespace)}")
-        if not 1 <= len(event.chunk_bytes) <= GROUPS_MAX:
-            raise Rejected("protocol", f"a namespace has 1 to {GROUPS_MAX} KV groups, not {len(event.chunk_bytes)}")
-        for chunk_bytes in event.chunk_bytes:
-            if chunk_bytes < 1:
-                raise Rejected("namespace", f"chunk_bytes is at least 1, not {chunk_bytes}")
-            if slot_bytes_for(chunk_bytes) > self.settings.extent_bytes // 2:
-                needed = 1 << (2 * slot_bytes_for(chunk_bytes) - 1).bit_length()
-                raise Rejected(
-                    "namespace",
-                    f"a chunk of {chunk_bytes} bytes is larger than half an extent of "
-                    f"{self.settings.extent_bytes} bytes: start the daemon with extent_bytes: {needed} or more, or use "
-                    f"chunks of at most {self.settings.extent_bytes // 2 // PAGE_BYTES * PAGE_BYTES} bytes",
-                )
+    def _join_worker(self, session: Session, event: ev.Hello, member: Member) -> None:
+        """It may write what the scheduler was given before it came, too: the scheduler's word reaches it otherwise."""
+        self.sessions.join(session, event.connection, member, event.role)
+        for ticket in session.writes.values():
+            mine = ticket.waiting is not None and ticket.owner == session.head and member not in ticket.done
+            if mine and ticket.waiting is not None and event.process is not None:
+                ticket.waiting.add(member)
 
-    def _open(self, record: ev.NamespaceRecord, out: list[ev.Effect]) -> Namespace:
-        """The namespace of a session that joins; declared if it is new."""
-        known = self.index.find(record.tenant, record.namespace)
-        if known is not None and known.record.chunk_bytes != record.chunk_bytes and known.idle():
-            self.index.forget(record.tenant, record.namespace)
-            known = None
-        if known is None:
-            if not self.index.room(record.tenant):
-                raise Rejected("limit", f"tenant {record.tenant!r} has its most namespaces, all of them in use")
-            sizes = [slot_bytes_for(size) for size in record.chunk_bytes]
-            if not self.extents.room(record.tenant, set(sizes)):
-                raise Rejected("limit", f"tenant {record.tenant!r} has its most slot sizes, all of them in use")
-            known = self.index.declare(record, [self.extents.slab(record.tenant, size) for size in sizes])
-            out.append(ev.SaveNamespaces(self.index.records()))
-        else:
-            self._check_sizes(known, record)
-        return known
+    def _join_scheduler(
+        self, session: Session, event: ev.Hello, member: Member, now: float, out: list[ev.Effect]
+    ) -> ev.Welcome:
+        if session.scheduler is not None:
+            # it reconnected before we saw its old connection end, or another one comes in its place
+            self._lose(session.scheduler, now)
+        if session.head is not None and session.head != member:
+            self._make_past(session, session.head, now, out)
+        session.head = member
+        self.sessions.join(session, event.connection, member, event.role)
+        session.scheduler = event.connection
+        writes = dict.fromkeys(c.ticket for c in event.writes if self._claim_write(session, c, member))
+        for number in event.open_writes:
+            ticket = session.writes.get(number)
+            if ticket is not None and ticket.owner == member and ticket.waiting is not None:
+                self._own_again(ticket)
+                writes[number] = None
+        leases = dict.fromkeys(c.ticket for c in event.leases if self._claim_lease(session, c, member, now))
+        for number in event.open_leases:
+            lease = session.leases.get(number)
+            if lease is not None and lease.owner == member:
+                leases[number] = None
+        self._end_unnamed(session, event, member, leases.keys(), now, out)
+        return ev.Welcome(event.connection, event.call, tuple(writes), tuple(leases))
 
-    @staticmethod
-    def _check_sizes(known: Namespace, record: ev.NamespaceRecord) -> None:
-        if known.record.chunk_bytes != record.chunk_bytes:
-            raise Rejected(
-                "namespace",
-                f"namespace {record.label!r} holds chunks of {list(known.record.chunk_bytes)} bytes, "
-                f"not {list(record.chunk_bytes)}: use another namespace for another chunk_bytes",
-            )
+    def _make_past(self, session: Session, head: Member, now: float, out: list[ev.Effect]) -> None:
+        """Another scheduler comes: this one is served no more, and what it holds waits until nobody can use it."""
+        readers = session.users(head)
+        marks = Marks()
+        for lease in list(session.leases.values()):
+            if lease.waiting is None:
+                lease.waiting = set(readers)
+                if not readers:
+                    self.transfers.end_lease(lease, now, marks, released=False)
+        marks.flush(out)
+        session.requests.clear()
+        if head[0] is None or head in session.members:
+            session.add_past(head)
+        session.forget_member(head)
 
-    def _claim_write(self, session: Session, claim: ev.WriteClaim) -> bool:
+    def _turn_away(self, session: Session, event: ev.Hello, member: Member, now: float, out: list[ev.Effect]) -> None:
+        """A past scheduler says what it still uses: the rest is free, and that is all that is done for it."""
+        if session.head == member:
+            session.head = None
+        session.add_past(member)
+        self.sessions.know(session, member, event.role)
+        for claim in event.writes:
+            if claim.ticket not in session.writes and self._claim_write(session, claim, member):
+                ticket = session.writes[claim.ticket]
+                self.transfers.quarantine(ticket, now)
+                self._quarantined[ticket] = None
+        leases: set[int] = set()
+        if event.process is not None:
+            # without a pidfd nobody would hear of its end: its readers notice that the lease is lost
+            leases = {c.ticket for c in event.leases if self._claim_lease(session, c, member, now)}
+            leases.update(event.open_leases)
+        for lease in session.leases.values():
+            if lease.owner == member and lease.waiting is None and event.process is not None:
+                lease.waiting = session.users(member)
+        self._end_unnamed(session, event, member, leases, now, out)
+        session.forget_member(member)
+        self._forget_finished()
+        detail = "another client with this session id came later: it is served, and this one isn't any more"
+        out.append(ev.Refused(event.connection, event.call, "session", detail))
+
+    def _claim(self, event: ev.Claim, now: float, out: list[ev.Effect]) -> None:
+        session = self._scheduler(event.connection)
+        member = self.sessions.member_of(event.connection)
+        writes = tuple(c.ticket for c in event.writes if self._claim_write(session, c, member))
+        leases = tuple(c.ticket for c in event.leases if self._claim_lease(session, c, member, now))
+        out.append(ev.Claimed(event.connection, event.call, writes, leases))
+
+    def _claim_write(self, session: Session, claim: ev.WriteClaim, member: Member) -> bool:
         ticket = session.writes.get(claim.ticket)
         if ticket is None:
             if claim.group >= len(session.namespace.spaces) or len(claim.keys) != len(claim.slots):
@@ -201,46 +224,57 @@ class Node:
             if slots is None or not session.room_for_tickets():
                 return False
             ticket = WriteTicket(session, claim.ticket, space, list(claim.keys), slots, 0, Priority.INTERACTIVE)
-            ticket.hold_until = self._orphans_until
+            ticket.owner, ticket.hold_until = member, self._orphans_until
             session.writes[claim.ticket] = ticket
             session.holding(space.slab).writing += len(slots)
-        elif ticket.waiting is None or slot_run(ticket.space.slab, ticket.slots) != claim.slots:
+        elif (
+            ticket.waiting is None or ticket.owner != member or slot_run(ticket.space.slab, ticket.slots) != claim.slots
+        ):
             return False
-        self._quarantined.pop(ticket, None)
-        self.transfers.own_again(ticket)
+        self._own_again(ticket)
         return True
 
-    def _claim_lease(self, session: Session, claim: ev.LeaseClaim, now: float) -> bool:
+    def _own_again(self, ticket: WriteTicket) -> None:
+        self._quarantined.pop(ticket, None)
+        self.transfers.own_again(ticket)
+
+    def _claim_lease(self, session: Session, claim: ev.LeaseClaim, member: Member, now: float) -> bool:
         lease = session.leases.get(claim.ticket)
         if lease is not None:
-            return slot_run(lease.slab, lease.slots) == claim.slots
+            return lease.owner == member and slot_run(lease.slab, lease.slots) == claim.slots
         found = self.restoration.claim_lease(session.tenant, claim.slots, now)
         if found is None or not session.room_for_tickets():
             return False
         slab, slots = found
-        self.transfers.hold(session, claim.ticket, slab, slots)
+        self.transfers.hold(session, claim.ticket, slab, slots, member)
         return True
 
-    def _end_unnamed_leases(self, session: Session, named: set[int], now: float, out: list[ev.Effect]) -> None:
-        """End the leases that nobody vouches for (a scheduler came back and named others; or no process of the session
-        is known, and time is up). Somebody may read there still: their slots are tainted."""
-        marks = Marks()
-        for number, lease in list(session.leases.items()):
-            if number not in named:
-                self.transfers.end_lease(lease, now, marks, released=False)
-        marks.flush(out)
-
-    def _end_unnamed_writes(self, session: Session, event: ev.Hello, now: float, out: list[ev.Effect]) -> None:
-        """What a process doesn't name in its Hello it writes no more. What a scheduler doesn't name nobody writes: it
-        settled that ticket, or never got the slots (the message, or the reply, was lost with the connection)."""
-        named = {claim.ticket for claim in event.writes}
+    def _end_unnamed(
+        self,
+        session: Session,
+        event: ev.Hello,
+        member: Member,
+        leases: Collection[int],
+        now: float,
+        out: list[ev.Effect],
+    ) -> None:
+        """End what a scheduler was given and doesn't name in its Hello, or wrongly (leases): it settled those tickets,
+        or never got the slots (the message, or the reply, was lost with the connection). Other schedulers' stay."""
+        mine = [number for number, lease in session.leases.items() if lease.owner == member]
+        self._end_leases(session, [number for number in mine if number not in leases], now, out)
+        named = {claim.ticket for claim in event.writes}.union(event.open_writes)
         for ticket in list(session.writes.values()):
-            if ticket.waiting is None or ticket.number in named or event.process is None:
+            if ticket.waiting is None or ticket.owner != member or ticket.number in named or member[0] is None:
                 continue
-            if event.role is Role.SCHEDULER:
-                ticket.waiting.clear()
-            ticket.waiting.discard(event.process)
+            ticket.waiting.clear()
             self._settle_quarantined(ticket, now, out)
+
+    def _end_leases(self, session: Session, numbers: Iterable[int], now: float, out: list[ev.Effect]) -> None:
+        """End leases that nobody vouches for. Somebody may read there still: their slots are tainted."""
+        marks = Marks()
+        for number in numbers:
+            self.transfers.end_lease(session.leases[number], now, marks, released=False)
+        marks.flush(out)
 
     def _send_welcomes(self, now: float, out: list[ev.Effect]) -> None:
         waiting = []
@@ -305,7 +339,7 @@ class Node:
         marks = Marks()
         for number in event.tickets:
             lease = session.leases.get(number)
-            if lease is not None:
+            if lease is not None and lease.owner == session.head:
                 self.transfers.end_lease(lease, now, marks, released=True)
         marks.flush(out)
 
@@ -316,10 +350,10 @@ class Node:
         if not session.room_for_tickets():
             raise Rejected("limit", "too many tickets in flight: seal, abort or release some first")
         ticket = WriteTicket(session, event.ticket, space, [], [], event.request, event.priority)
-        ticket.hold_until = self.restoration.grace_until
+        ticket.owner, ticket.hold_until = session.head, self.restoration.grace_until
         states = self.transfers.allocate(ticket, event.keys, now, out)
         out.append(ev.Allocated(event.connection, event.call, states, slot_run(space.slab, ticket.slots)))
-        self.extents.offer(space.slab, out)
+        self.extents.offer(space.slab, now, out)
 
     def _seal(self, event: ev.Seal, now: float, out: list[ev.Effect]) -> None:
         session = self._scheduler(event.connection)
@@ -345,15 +379,15 @@ class Node:
 
     def _done(self, event: ev.Done, now: float, out: list[ev.Effect]) -> None:
         session = self._session(event.connection)
-        process = self.sessions.process_of(event.connection)
-        if process is None:
+        member = self.sessions.member_of(event.connection)
+        if member[0] is None:
             return
         for number in event.tickets:
             ticket = session.writes.get(number)
             if ticket is not None:
-                ticket.done.add(process)
+                ticket.done.add(member)
                 if ticket.waiting is not None:
-                    ticket.waiting.discard(process)
+                    ticket.waiting.discard(member)
                     self._settle_quarantined(ticket, now, out)
 
     def _end_requests(self, event: ev.EndRequests, _now: float, _out: list[ev.Effect]) -> None:
@@ -387,14 +421,31 @@ class Node:
             for connection in self.sessions.connections_of(session, event.process):
                 # a child of the dead may keep the socket open, but it isn't who said hello
                 self._lose(connection, now)
-            for ticket in list(session.writes.values()):
-                if ticket.waiting is not None:
-                    ticket.waiting.discard(event.process)
-                    self._settle_quarantined(ticket, now, out)
+            self._forget_members(session, event.process, now, out)
             if not session.processes and not session.timed:
                 self._end_everything(session, now, out)
         self._forget_finished()
         self.extents.plan(now, out)
+
+    def _forget_members(self, session: Session, process: int, now: float, out: list[ev.Effect]) -> None:
+        """Members of a dead process use nothing any more."""
+        gone = {member for member in session.members if member[0] == process}
+        for member in gone:
+            del session.members[member]
+            session.past.pop(member, None)
+        for ticket in list(session.writes.values()):
+            if ticket.waiting is not None:
+                ticket.waiting -= gone
+                self._settle_quarantined(ticket, now, out)
+        marks = Marks()
+        for lease in list(session.leases.values()):
+            if lease.waiting is None and lease.owner in gone and not session.timed:
+                lease.waiting = session.users(lease.owner)
+            if lease.waiting is not None:
+                lease.waiting -= gone
+                if not lease.waiting:
+                    self.transfers.end_lease(lease, now, marks, released=True)
+        marks.flush(out)
 
     def _settle_quarantined(self, ticket: WriteTicket, now: float, out: list[ev.Effect]) -> None:
         """Free a quarantined ticket's slots if nobody can write them any more."""
@@ -431,7 +482,7 @@ class Node:
 
     def _damaged(self, event: ev.ExtentDamaged, now: float, out: list[ev.Effect]) -> None:
         if self.extents.find(event.extent) is not None:
-            self.extents.drain(event.extent, None, now, out)
+            self.extents.damage(event.extent, now, out)
 
     def _restored(self, event: ev.ExtentRestored, now: float, out: list[ev.Effect]) -> None:
         fits = len(event.columns.states) == self.settings.extent_bytes // max(1, event.slot_bytes)
@@ -443,7 +494,8 @@ class Node:
 
     def _namespaces_restored(self, event: ev.NamespacesRestored, _now: float, _out: list[ev.Effect]) -> None:
         for record in event.records:
-            if self.quotas.knows(record.tenant):
+            fits = slot_bytes_for(max(record.chunk_bytes)) <= self.settings.extent_bytes // 2
+            if fits and self.quotas.knows(record.tenant):
                 slabs = [self.extents.slab(record.tenant, slot_bytes_for(size)) for size in record.chunk_bytes]
                 self.index.declare(record, slabs)
 
@@ -463,7 +515,7 @@ class Node:
         for session in list(self.sessions.by_name.values()):
             gone = not session.connections and not session.processes
             if gone and session.leases and now >= session.lost_at + self.settings.quarantine_s:
-                self._end_unnamed_leases(session, set(), now, out)
+                self._end_leases(session, list(session.leases), now, out)
         self._forget_finished()
         self.extents.plan(now, out)
         self._send_welcomes(now, out)

@@ -24,6 +24,7 @@ class Quotas:
 
     def __init__(self, tenants: tuple[TenantQuota, ...], extent_bytes: int, extents_max: int) -> None:
         self.extents_max = extents_max
+        self._even = extents_max // max(1, len(tenants))
         self._min = {t.name: -(-t.min_bytes // extent_bytes) for t in tenants}
         self._max = {
             t.name: extents_max if t.max_bytes is None else max(1, t.max_bytes // extent_bytes) for t in tenants
@@ -37,14 +38,14 @@ class Quotas:
         """Has it less than it is guaranteed?"""
         return used.get(tenant, 0) < self._min[tenant]
 
-    def may_grow(self, tenant: str, used: Mapping[str, int]) -> bool:
-        """May it have one more extent?"""
-        return self.left(tenant, used) > 0
-
-    def left(self, tenant: str, used: Mapping[str, int]) -> int:
-        """How many more extents may it have? At most its maximum, and nothing that others are guaranteed but lack."""
+    def left(self, tenant: str, used: Mapping[str, int], *, damaged: bool = False) -> int:
+        """How many more extents may it have? At most its maximum, and nothing that others are guaranteed but lack; one
+        that has `damaged` what it got, at most an even share of the arena or what it is guaranteed."""
         owed = sum(max(0, least - used.get(name, 0)) for name, least in self._min.items() if name != tenant)
-        return min(self._max[tenant] - used.get(tenant, 0), self.extents_max - sum(used.values()) - owed)
+        most = self._max[tenant]
+        if damaged:
+            most = min(most, max(self._even, self._min[tenant]))
+        return min(most - used.get(tenant, 0), self.extents_max - sum(used.values()) - owed)
 
     def may_receive(self, tenant: str, used: Mapping[str, int]) -> bool:
         """May an extent of another tenant move to it?"""

@@ -13,10 +13,26 @@ two of its processes live: one that comes back may hand out a slot that the othe
      are quarantined, leases  SESSION WITHOUT SCHEDULER
      stay
 
-A **write ticket** is *owned* (`waiting is None`: the session will seal or abort it) or *quarantined* (`waiting` is the
-set of processes that may still write its slots; empty = its slots are free again). A **lease** is held until it is
-released or every process of its session is dead. Sessions with a process that gave no pidfd are *timed*: for them, and
-only for them, time (`quarantine_s`) stands in for a death.
+A **member** is one client object in one process: a process may have several (vLLM's scheduler and worker can live in
+one), and what one of them says about its tickets says nothing about the others'. One scheduler is the **head**: every
+ticket is of the head that asked for it, its *owner*. Another scheduler under the same session id becomes the head, and
+the one before is **past**: it is told so whenever it comes back, and what it still holds waits for it::
+
+                   Hello of another scheduler
+    HEAD ------------------------------------------> PAST    its Hello says what it still uses, and is refused
+     |  its process died: another may come            |
+     +-----------------> gone <-----------------------+      its process died
+
+A **write ticket** is *owned* (`waiting is None`: the head will seal or abort it) or *quarantined*: `waiting` is the set
+of members that may still write its slots, its owner and every worker; empty = its slots are free again. A member leaves
+it when its process dies or when it says Done. The owner's own Hello, which names all that it holds, ends the waiting
+for everybody if it leaves the ticket out: it settled it, after its workers had finished, or it never got the slots. A
+worker's Hello ends nothing: a job that it has yet to begin isn't named in it; and a worker that joins later is waited
+for, too.
+
+A **lease** is held until it is released, or every process of its session is dead; of a past scheduler, until that one
+and the workers are (its `waiting`), or it leaves the lease out of its Hello. Sessions with a process that gave no pidfd
+are *timed*: for them, and only for them, time (`quarantine_s`) stands in for a death.
 """
 
 from __future__ import annotations
@@ -25,16 +41,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cachesvc.core.rings import Trail, no_trail
-from cachesvc.types import Priority
+from cachesvc.types import Priority, Role
 
 if TYPE_CHECKING:
     from cachesvc.core.index import Namespace, Space
     from cachesvc.core.slots import SlabClass
 
+Member: TypeAlias = tuple[int | None, bytes]
+"""A client object: its process (None = it gave no pidfd) and the name that it has there (b"" = the only one)."""
+
 SESSIONS_MAX: Final = 1024
+PAST_MAX: Final = 1024
+"""Past schedulers that a session remembers; the one forgotten first could come back as if it were new."""
+
 TICKETS_PER_SESSION_MAX: Final = 8192
 LEASED_KEYS_PER_SESSION_MAX: Final = 1 << 20
 """Slots in all leases of a session on one class, a slot in two of them counted twice: what the records may cost."""
@@ -58,9 +80,11 @@ class WriteTicket:
     slots: list[int]
     request: int
     priority: Priority
-    done: set[int] = field(default_factory=set)
-    """Processes that said they write its slots no more."""
-    waiting: set[int] | None = None
+    owner: Member | None = None
+    """The scheduler that asked for it."""
+    done: set[Member] = field(default_factory=set)
+    """Members that said they write its slots no more."""
+    waiting: set[Member] | None = None
     since: float = 0.0
     """When it was quarantined (seconds)."""
     hold_until: float = float("-inf")
@@ -75,6 +99,10 @@ class LeaseTicket:
     number: int
     slab: SlabClass
     slots: list[int]
+    owner: Member | None = None
+    """The scheduler that asked for it."""
+    waiting: set[Member] | None = None
+    """Who may still read, if its owner is past."""
 
 
 @dataclass(slots=True, eq=False)
@@ -154,8 +182,14 @@ class Session:
     namespace: Namespace
     processes: set[int] = field(default_factory=set)
     connections: set[int] = field(default_factory=set)
+    members: dict[Member, Role] = field(default_factory=dict)
+    """Those whose processes live, as far as they gave a pidfd."""
+    head: Member | None = None
+    """The scheduler that came last."""
+    past: dict[Member, None] = field(default_factory=dict)
+    """Schedulers that came before it, in that order."""
     scheduler: int | None = None
-    """The connection that allocates, seals and leases."""
+    """The connection of the head: it allocates, seals and leases."""
     timed: bool = False
     lost_at: float = 0.0
     """When the last connection was lost (seconds)."""
@@ -189,6 +223,26 @@ class Session:
                 oldest = next(iter(self.requests))
                 self.noted -= len(self.requests.pop(oldest))
 
+    def users(self, owner: Member | None) -> set[Member]:
+        """Who may use slots that `owner` was given: itself and the workers."""
+        return {member for member, role in self.members.items() if member == owner or role is Role.WORKER}
+
+    def add_past(self, member: Member) -> None:
+        """Another scheduler came after this one."""
+        self.past.pop(member, None)
+        self.past[member] = None
+        if len(self.past) > PAST_MAX:
+            del self.past[next(iter(self.past))]
+
+    def forget_member(self, member: Member) -> None:
+        """Wait no more for a past scheduler that holds nothing: a process may make any number of them."""
+        tickets: list[WriteTicket | LeaseTicket] = [*self.writes.values(), *self.leases.values()]
+        if any(t.owner == member or (t.waiting is not None and member in t.waiting) for t in tickets):
+            return
+        self.members.pop(member, None)
+        if member[0] is not None and not any(process == member[0] for process, _ in self.members):
+            self.processes.discard(member[0])
+
     def holding(self, slab: SlabClass) -> Held:
         """What it holds of a class."""
         held = self.held.get(slab)
@@ -215,26 +269,32 @@ class Sessions:
     def __init__(self) -> None:
         self.by_name: dict[tuple[str, bytes], Session] = {}
         self.by_connection: dict[int, Session] = {}
-        self._process_of: dict[int, int | None] = {}
+        self._member_of: dict[int, Member] = {}
         self._connected: Counter[SlabClass] = Counter()
 
-    def join(self, session: Session, connection: int, process: int | None) -> None:
-        """A connection of a process belongs to the session from now on."""
+    def join(self, session: Session, connection: int, member: Member, role: Role) -> None:
+        """A connection of a member belongs to the session from now on."""
         if not session.connections:
             self._connected.update(session.slabs())
-        self.by_name[session.tenant, session.name] = session
         self.by_connection[connection] = session
-        self._process_of[connection] = process
+        self._member_of[connection] = member
         session.connections.add(connection)
+        self.know(session, member, role)
+
+    def know(self, session: Session, member: Member, role: Role) -> None:
+        """A member takes part in the session, connected or not."""
+        self.by_name[session.tenant, session.name] = session
+        process = member[0]
         if process is None:
             session.timed = True
         else:
             session.processes.add(process)
+            session.members[member] = role
 
     def leave(self, connection: int, now: float) -> Session | None:
         """The connection is gone; the session it was of."""
         session = self.by_connection.pop(connection, None)
-        self._process_of.pop(connection, None)
+        self._member_of.pop(connection, None)
         if session is not None:
             session.connections.discard(connection)
             session.lost_at = now
@@ -243,13 +303,13 @@ class Sessions:
                 self._connected = +self._connected
         return session
 
-    def process_of(self, connection: int) -> int | None:
-        """The process behind a connection (None = it gave no pidfd)."""
-        return self._process_of.get(connection)
+    def member_of(self, connection: int) -> Member:
+        """The member behind a connection that is there."""
+        return self._member_of[connection]
 
     def connections_of(self, session: Session, process: int) -> list[int]:
         """Connections of a session that lead to this process."""
-        return [connection for connection in session.connections if self._process_of[connection] == process]
+        return [connection for connection in session.connections if self._member_of[connection][0] == process]
 
     def of_process(self, process: int) -> list[Session]:
         """Every session that the process takes part in."""
@@ -273,6 +333,19 @@ class Sessions:
         held = session.holding(slab)
         return min(slots // 2 - taken, slots * 3 // 4 - len(held.leases) - held.writing)
 
+    def unheld(self, session: Session, slab: SlabClass, growth: int) -> int:
+        """How many slots of a class that nobody holds the session may take, as far as others are concerned. With one of
+        them connected `room` is enough. With more something stays for whoever comes next, however many are wedged:
+        together they hold three quarters, and beyond that each at most as much as it leaves.
+        """
+        slots = slab.slot_count + growth
+        others = self._connected[slab] - (1 if session.connections else 0)
+        if others <= 1:
+            return slots
+        held = session.holding(slab)
+        busy = sum(extent.busy for extent in slab.extents if extent is not None and not extent.draining)
+        return max(slots * 3 // 4 - busy, (slots - busy - len(held.leases) - held.writing) // 2)
+
     def forget(self, session: Session) -> None:
         """The session has finished."""
         del self.by_name[session.tenant, session.name]
@@ -288,7 +361,11 @@ class Sessions:
                 assert (leased, leased.total(), writing) == counted, f"session {session.name!r} miscounts"
             assert session.noted >= sum(map(len, session.requests.values())), f"session {session.name!r} misnotes"
             for ticket in session.writes.values():
-                assert ticket.waiting is None or ticket.waiting <= session.processes
+                assert ticket.waiting is None or ticket.waiting <= session.members.keys()
+            for lease in session.leases.values():
+                assert lease.waiting is None or (lease.waiting and lease.waiting <= session.members.keys())
+            assert {process for process, _ in session.members} <= session.processes
+            assert session.head not in session.past
         for slab, count in self._connected.items():
             assert count == sum(1 for s in self.by_name.values() if s.connections and slab in s.slabs())
         for connection, session in self.by_connection.items():

@@ -104,12 +104,14 @@ class SlabClass:
         """Extents being formatted for this class."""
         self.burst = 0
         """The most slots that one allocation asked for, of late."""
+        self.asked_at = float("-inf")
+        """When an allocation last asked for a slot (seconds)."""
         self.evicted_at = float("-inf")
         """When this class last evicted a chunk for want of room, or found all in use, and when that chunk had last been
         used: now, if it is in use."""
         self.evicted_last_use = float("-inf")
         self.received_at = float("-inf")
-        """When it last got an extent of another class."""
+        """When it last got an extent that was taken from another class (seconds)."""
 
     # --- where a slot lies ------------------------------------------------------------------------------------------
 

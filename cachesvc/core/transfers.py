@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from cachesvc.core.events import Effect, MarkFree, MarkSealed, MarkWriting, SlotRun
-from cachesvc.core.index import Index, Space
+from cachesvc.core.index import Index, Namespace, Space
 from cachesvc.core.rings import no_trail
 from cachesvc.core.sessions import (
     LEASED_KEYS_PER_SESSION_MAX,
     LeaseTicket,
     Line,
+    Member,
     Session,
     Sessions,
     WriteTicket,
@@ -162,7 +163,7 @@ class Transfers:
         if refused:
             states, slots = _refuse_leases(states, slots, refused, prefix=prefix)
         if slots:
-            self.hold(session, ticket, slab, slots)
+            self.hold(session, ticket, slab, slots, session.head)
             counts = space.namespace.counts
             counts.loads += len(slots)
             counts.loaded_bytes += sum(map(slab.lengths.__getitem__, slots))
@@ -173,14 +174,24 @@ class Transfers:
         held = session.holding(slab)
         if not session.room_for_tickets() or held.leased_keys + len(slots) > LEASED_KEYS_PER_SESSION_MAX:
             return set(slots)
-        room = self.sessions.room(session, slab, len(held.leases), self._growth(slab))
-        if len(slots) <= room:
+        growth = self._growth(slab)
+        room = self.sessions.room(session, slab, len(held.leases), growth)
+        unheld = self.sessions.unheld(session, slab, growth)
+        if len(slots) <= min(room, unheld):
             return set()
-        more = dict.fromkeys(n for n in slots if n not in held.leases)
-        return set(list(more)[max(0, room) :])
+        refused = set()
+        for n in dict.fromkeys(n for n in slots if n not in held.leases):
+            # what others read already takes nothing from anybody
+            taken = not slab.leases[n]
+            if room <= 0 or (taken and unheld <= 0):
+                refused.add(n)
+            else:
+                room -= 1
+                unheld -= taken
+        return refused
 
     @staticmethod
-    def hold(session: Session, ticket: int, slab: SlabClass, slots: list[int]) -> None:
+    def hold(session: Session, ticket: int, slab: SlabClass, slots: list[int], owner: Member | None) -> LeaseTicket:
         """The session reads these slots from now on, under a new ticket."""
         slab.lease(slots)
         held = session.holding(slab)
@@ -188,7 +199,8 @@ class Transfers:
         for n in slots:
             leases[n] = leases.get(n, 0) + 1
         held.leased_keys += len(slots)
-        session.leases[ticket] = LeaseTicket(session, ticket, slab, slots)
+        lease = session.leases[ticket] = LeaseTicket(session, ticket, slab, slots, owner)
+        return lease
 
     def end_lease(self, ticket: LeaseTicket, now: float, marks: Marks, *, released: bool) -> None:
         """The reader is gone. Chunks of draining extents go with their last lease; parked ones may be evicted again."""
@@ -224,7 +236,9 @@ class Transfers:
         session.note(line, line.missing(map(space.sealed.get, keys)))
         marks = Marks()
         may_evict = self.may_evict and not self._more_soon(slab)
-        room = self.sessions.room(session, slab, session.holding(slab).writing, self._growth(slab))
+        growth = self._growth(slab)
+        room = self.sessions.room(session, slab, session.holding(slab).writing, growth)
+        room = min(room, self.sessions.unheld(session, slab, growth))
         states = bytearray()
         closed: AllocateState | None = None
         for key in keys:
@@ -253,6 +267,8 @@ class Transfers:
             session.writes[ticket.number] = ticket
             session.holding(slab).writing += len(ticket.slots)
         refused = sum(1 for state in states if state >= AllocateState.RETRY)
+        if ticket.slots or refused:
+            slab.asked_at = now
         slab.burst = max(len(ticket.slots) + refused, slab.burst - slab.burst // 8)
         space.namespace.counts.refused += refused
         marks.flush(out)
@@ -280,6 +296,17 @@ class Transfers:
             slab.unseal(n, now)
             marks.free(slab, n)
         return None
+
+    def drop(self, namespace: Namespace, now: float, out: list[Effect]) -> None:
+        """Give up every chunk of a namespace that nobody holds."""
+        marks = Marks()
+        for space in namespace.spaces:
+            for n in list(space.sealed.values()):
+                self.index.forget_slot(space.slab, n).namespace.counts.evictions += 1
+                space.slab.eviction.remove(n)
+                space.slab.unseal(n, now)
+                marks.free(space.slab, n)
+        marks.flush(out)
 
     def _why_no_slot(self, slab: SlabClass) -> AllocateState:
         """RETRY if waiting a moment can help without anybody's doing."""
@@ -342,8 +369,8 @@ class Transfers:
     # --- a writer is lost -------------------------------------------------------------------------------------------
 
     def quarantine(self, ticket: WriteTicket, now: float) -> None:
-        """The scheduler's connection is lost: nobody will seal it, each living process may still write."""
-        ticket.waiting = ticket.session.processes - ticket.done
+        """The scheduler's connection is lost: nobody will seal it, its living members may still write."""
+        ticket.waiting = ticket.session.users(ticket.owner) - ticket.done
         ticket.since = now
         self._unlist(ticket)
         for n in ticket.slots:

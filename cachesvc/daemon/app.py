@@ -1,7 +1,8 @@
 """The daemon from start to stop, read top to bottom: this is where everything is made and wired.
 
-    claim the directories, find what the last run left  (arena)      another daemon, bad permissions: OperatorError
-    is there memory for the rest?                       (preflight)
+    claim the directories                               (arena)      another daemon, bad permissions: OperatorError
+    is there memory for what isn't there yet?           (preflight)
+    find what the last run left, unlink what is no good (arena)
     open the sockets                                    (server)     clients may connect from here on and wait
     restore namespaces, spares, extents                 (core)
     serve                                               loop; HTTP starts in its own thread, imports and all
@@ -24,7 +25,7 @@ from typing import Final, TypeAlias
 
 from cachesvc.arena.host import HostArena, Scan
 from cachesvc.arena.preflight import preflight
-from cachesvc.config import Config, Http, format_size
+from cachesvc.config import Config, Http, check_extents, format_size
 from cachesvc.core import events as ev
 from cachesvc.core.node import Node, NodeSettings
 from cachesvc.core.quota import TenantQuota
@@ -50,8 +51,9 @@ def serve(config: Config, admin: Admin | None = None) -> None:
     with ExitStack() as opened:
         arena = HostArena(config.arena_dir, config.state_dir, config.ram_bytes, config.extent_bytes)
         opened.callback(arena.close)
+        check_extents(config, arena.extent_bytes)
+        preflight(config.ram_bytes, arena.found_bytes(), config.arena_dir)
         scan = arena.scan()
-        preflight(config.ram_bytes, scan.held_bytes, config.arena_dir)
         allow_descriptors(config.ram_bytes // arena.extent_bytes)
         asyncio.run(_run(config, arena, scan, open_doors(config, opened), admin))
     LOG.info("stopped")

@@ -19,11 +19,13 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Callable
+from time import perf_counter
 from typing import Final
 
 from cachesvc.core.events import ExtentsMapped, ExtentsUnmapped
-from cachesvc.daemon.edge import Member, guard, refuse
+from cachesvc.daemon.edge import Member, files_max, guard, tell
 from cachesvc.daemon.runner import Runner
+from cachesvc.daemon.shares import Share
 from cachesvc.errors import ProtocolError
 from cachesvc.wire.framing import PREFACE_BYTES, FrameReader, check_preface, decode_descriptor_request, encode
 from cachesvc.wire.messages import Attach, Attached, ExtentInfo, ExtentsHeld, ExtentsWanted, Unmapped
@@ -34,6 +36,11 @@ EXTENTS_PER_MESSAGE_MAX: Final = 64
 RECEIVED_DESCRIPTORS_MAX: Final = 4
 """One is expected; more than one is refused, more than this the kernel closes."""
 
+FRAME_BYTES_MAX: Final = 1 << 18
+"""Names the extents that a client has: more than 50,000."""
+FRAME_S: Final = 10.0
+"""From the first byte of a message to its last."""
+
 _DESCRIPTOR_BYTES: Final = array.array("i").itemsize
 
 
@@ -42,6 +49,7 @@ class Descriptors:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self.files_max = files_max()
         self._of_process: defaultdict[int, set[DescriptorsConnection]] = defaultdict(set)
 
     def attached(self, connection: DescriptorsConnection) -> None:
@@ -79,28 +87,42 @@ class DescriptorsConnection:
     def __init__(
         self,
         registry: Descriptors,
+        share: Share,
         sock: socket.socket,
         tenant: str,
-        deadline: float | None,
+        deadline: float,
         gone: Callable[[Member], None],
     ) -> None:
-        self.deadline = deadline
+        self.tenant: str | None = tenant
         self.process: int | None = None
         self.handed: set[int] = set()
         self._registry = registry
+        self._share = share
         self._sock = sock
         self._tenant = tenant
         self._gone = gone
+        self._attach_until: float | None = deadline
+        """None once it is attached."""
+        self._frame_until: float | None = None
         self._preface = b""
-        self._frames = FrameReader()
+        self._frames = FrameReader(FRAME_BYTES_MAX)
         self._received: list[int] = []
-        asyncio.get_running_loop().add_reader(sock, self._readable)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self._readable)
+
+    def overdue(self, now: float) -> bool:
+        """Did it not attach, or not send the rest of a message, in time?"""
+        return any(until is not None and until <= now for until in (self._attach_until, self._frame_until))
+
+    def shrink(self) -> None:
+        """Give back a buffer that has grown."""
+        self._frames.shrink()
 
     def cut(self) -> None:
         """Close at once."""
         if self._sock.fileno() < 0:
             return
-        asyncio.get_running_loop().remove_reader(self._sock)
+        self._loop.remove_reader(self._sock)
         self._sock.close()
         self._close_received()
         self._registry.closed(self)
@@ -109,10 +131,12 @@ class DescriptorsConnection:
     # --- receiving --------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        error = guard(self._registry.runner.counts, f"a descriptors connection of {self._tenant}", self._receive)
-        if error is not None:
-            asyncio.get_running_loop().remove_reader(self._sock)
-            refuse(self._sock.dup(), error)
+        self._guarded(self._receive)
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        error = guard(self._registry.runner.counts, f"a descriptors connection of {self._tenant}", act)
+        if error is not None and self._sock.fileno() >= 0:
+            tell(self._sock, error)
             self.cut()
 
     def _receive(self) -> None:
@@ -126,9 +150,8 @@ class DescriptorsConnection:
         except OSError:
             self.cut()
             return
-        self._received += _passed(ancillary)
-        if flags & socket.MSG_CTRUNC:
-            raise ProtocolError(f"more than {RECEIVED_DESCRIPTORS_MAX} descriptors in one message")
+        if ancillary or flags & socket.MSG_CTRUNC:
+            self._keep(_passed(ancillary), whole=not flags & socket.MSG_CTRUNC)
         if n == 0:
             self.cut()
         elif missing:
@@ -136,34 +159,77 @@ class DescriptorsConnection:
             if n == missing:
                 check_preface(self._preface)
         else:
-            for payload in self._frames.advance(n):
-                self._take(payload)
-                if self._sock.fileno() < 0:
-                    return
+            self._frames.received(n)
+            # until what came is served nothing more is read
+            self._loop.remove_reader(self._sock)
+            self._share.serve(self._serve)
+
+    def _keep(self, passed: list[int], *, whole: bool) -> None:
+        """One descriptor a connection, until Attach is here whole: with more a client could take all that we have."""
+        self._received += passed
+        if not whole:
+            raise ProtocolError(f"more than {RECEIVED_DESCRIPTORS_MAX} descriptors in one message")
+        if passed and self._attach_until is None:
+            raise ProtocolError("a descriptor came with a message that has none")
+        if len(self._received) > 1:
+            raise ProtocolError("Attach carries one descriptor, the sender's own pidfd")
+        if passed and passed[0] >= self._registry.files_max:
+            raise ProtocolError("the daemon has no file descriptors left: raise its limit (nofile)")
+
+    def _serve(self, until: float) -> bool:
+        """`shares.Work`: what has come so far."""
+        if self._sock.fileno() < 0:
+            return False
+        more = False
+
+        def act() -> None:
+            nonlocal more
+            more = self._take_all(until)
+
+        self._guarded(act)
+        if self._sock.fileno() < 0:
+            return False
+        if not more:
+            self._loop.add_reader(self._sock, self._readable)
+        return more
+
+    def _take_all(self, until: float) -> bool:
+        """One message after the other; True: there may be more."""
+        taken = False
+        while (payload := self._frames.next()) is not None:
+            self._take(payload)
+            taken = True
+            if self._sock.fileno() < 0:
+                return False
+            if perf_counter() >= until:
+                # the rest of a message can't come while we don't read
+                self._frame_until = None
+                return True
+        if not self._frames.pending:
+            self._frame_until = None
+        elif taken or self._frame_until is None:
+            self._frame_until = self._loop.time() + FRAME_S
+        return False
 
     def _take(self, payload: memoryview) -> None:
         message = decode_descriptor_request(payload)
         if isinstance(message, Attach):
             self._attach(message)
             return
-        if self.deadline is not None:
+        if self._attach_until is not None:
             raise ProtocolError("a descriptors connection starts with Attach")
-        if self._received:
-            raise ProtocolError("a descriptor came with a message that has none")
         if isinstance(message, ExtentsWanted):
             self._answer(message)
         elif isinstance(message, Unmapped):
             self._registry.give_up(self, set(message.extents))
 
     def _attach(self, message: Attach) -> None:
-        if self.deadline is None:
+        if self._attach_until is None:
             raise ProtocolError("this connection is attached already")
-        if len(self._received) > 1:
-            raise ProtocolError("Attach carries one descriptor, the sender's own pidfd")
         processes = self._registry.runner.processes
         token = processes.attach(self._received.pop(), self._sock) if self._received else b""
         self.process = processes.number(token)
-        self.deadline = None
+        self._attach_until = None
         self._registry.attached(self)
         self._send(encode(Attached(message.call, token)), [])
 

@@ -81,7 +81,7 @@ class Runner:
         """Sockets are open and the arena is restored (set by `daemon.app`)."""
         self.latency: dict[type[Any], Latency] = {}
         self.counts: Counter[str] = Counter()
-        self._state_dir = state_dir
+        self._register = namespaces.Register(state_dir)
         self._jobs = Jobs(arena, self.dispatch, lambda: self.count("io_failed"))
         self._connections: dict[int, Connection] = {}
         self._last_connection = 0
@@ -109,7 +109,7 @@ class Runner:
             ev.SaveNamespaces: self._save_namespaces,
         }
         carriers |= dict.fromkeys((ev.MakeSpare, ev.FormatExtent, ev.DropExtent), self._jobs.start)
-        replies = (ev.Welcome, ev.Looked, ev.Leased, ev.Allocated, ev.Sealed, ev.Refused)
+        replies = (ev.Welcome, ev.Claimed, ev.Looked, ev.Leased, ev.Allocated, ev.Sealed, ev.Refused)
         return carriers | dict.fromkeys(replies, self._reply)
 
     def _reply(self, effect: Reply) -> None:
@@ -126,7 +126,7 @@ class Runner:
     def _save_namespaces(self, effect: ev.SaveNamespaces) -> None:
         """On the loop, before anything can be stored: a chunk whose namespace nobody remembers would be lost."""
         try:
-            namespaces.save(self._state_dir, effect.records)
+            self._register.keep(effect.records)
         except OSError as error:
             LOG.warning("namespaces can't be saved, a restart will forget new ones: %s", error)
             self.count("io_failed")
@@ -143,6 +143,10 @@ class Runner:
         """It is gone."""
         del self._connections[connection.number]
         self.dispatch(ev.ConnectionLost(connection.number))
+
+    def joined(self, connection: Connection) -> bool:
+        """Has it said Hello, and was that not refused?"""
+        return connection.number in self.node.sessions.by_connection
 
     def request(self, connection: Connection, payload: memoryview, *, again: bool = False) -> bool:
         """One message of a client. ProtocolError if it breaks the rules of the wire.
@@ -177,14 +181,24 @@ class Runner:
     def _hello(self, message: wire.Hello, connection: Connection) -> None:
         if connection.tenant is not None:
             process = self.processes.number(message.token)
-            self.dispatch(hello_event(message, connection.number, connection.tenant, process))
+            self.dispatch(hello_event(message, connection.number, connection.tenant, process, self.arena.uuid))
 
     def _answer(self, question: wire.Ask, tenant: str | None) -> bytes:
-        body = msgspec.json.encode(self.report(question.what, tenant))
-        if len(body) > REPORT_BYTES_MAX:
-            detail = f"the answer has {len(body)} bytes, a frame holds less: ask over HTTP"
+        least = self._least_bytes(question.what, tenant)
+        body = b"" if least > REPORT_BYTES_MAX else msgspec.json.encode(self.report(question.what, tenant))
+        if max(least, len(body)) > REPORT_BYTES_MAX:
+            detail = f"the answer has {max(least, len(body))} bytes or more, a frame holds less: ask over HTTP"
             return encode(wire.Refused(question.call, "limit", detail))
         return encode(wire.Report(question.call, body))
+
+    def _least_bytes(self, what: str, tenant: str | None) -> int:
+        """What an answer is not shorter than: it isn't worth encoding if that is too much."""
+        if what != "namespaces":
+            return 0
+        return sum(
+            sum(len(name) + len(value) for name, value in record.components.items())
+            for record in self.node.namespaces(tenant)
+        )
 
     # --- time -------------------------------------------------------------------------------------------------------
 

@@ -22,23 +22,28 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Final
 
 from cachesvc.daemon.descriptors import Descriptors, DescriptorsConnection
-from cachesvc.daemon.edge import Member, guard, last_words, refuse
+from cachesvc.daemon.edge import Member, files_max, guard, last_words, refuse
 from cachesvc.daemon.runner import Runner
+from cachesvc.daemon.shares import Share
 from cachesvc.errors import OperatorError, ProtocolError
-from cachesvc.wire.framing import PREFACE_BYTES, PREFACE_DESCRIPTORS, FrameReader, check_preface
+from cachesvc.wire.framing import BUFFER_BYTES_MIN, PREFACE_BYTES, PREFACE_DESCRIPTORS, FrameReader, check_preface
 
 LOG = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 1024
+ADMIN_CONNECTIONS_MAX: Final = 16
+"""Kept for the admin socket; what is left is divided among the tenants, so that none can shut others out."""
 BACKLOG: Final = 1024
 GREETING_S: Final = 10.0
-"""A connection has this long for its preface and first message, and a refused one for reading why."""
+"""A connection has this long for its preface and Hello or Attach, and a refused one for reading why."""
+FRAME_S: Final = 10.0
+"""From the first byte of a message to its last."""
 SWEEP_S: Final = 1.0
 
 SOCKET_BUFFER_BYTES: Final = 1 << 20
@@ -46,6 +51,10 @@ SOCKET_BUFFER_BYTES: Final = 1 << 20
 ACCEPT_PAUSE_S: Final = 1.0
 UNREAD_BYTES_MAX: Final = 4 << 20
 """Replies that a client hasn't read; above it is cut off."""
+UNREAD_OF_TENANT_BYTES_MAX: Final = 32 << 20
+"""The same for all connections of a tenant; above, the one that reads least is cut off."""
+GROWN_OF_TENANT_BYTES_MAX: Final = 64 << 20
+"""What the buffers of half messages may grow by, over all connections of a tenant."""
 
 
 # --- listening --------------------------------------------------------------------------------------------------------
@@ -58,11 +67,14 @@ class Door:
     path: Path
     listener: socket.socket
     tenant: str | None
+    inode: tuple[int, int]
+    """Device and number of the socket file that we made."""
 
     def close(self) -> None:
-        """Listen no more, and remove the socket file."""
+        """Listen no more, and remove the socket file, if it is still ours: another daemon may have taken the place."""
         self.listener.close()
-        self.path.unlink(missing_ok=True)
+        if _inode(self.path) == self.inode:
+            self.path.unlink(missing_ok=True)
 
 
 def open_door(path: Path, mode: int, group: str | None, tenant: str | None) -> Door:
@@ -83,6 +95,7 @@ def open_door(path: Path, mode: int, group: str | None, tenant: str | None) -> D
         path.chmod(mode)
         listener.listen(BACKLOG)
         listener.setblocking(False)
+        inode = _inode(path)
     except OSError as error:
         listener.close()
         raise OperatorError(
@@ -91,7 +104,19 @@ def open_door(path: Path, mode: int, group: str | None, tenant: str | None) -> D
     except OperatorError:
         listener.close()
         raise
-    return Door(path, listener, tenant)
+    if inode is None:
+        listener.close()
+        raise OperatorError(f"{path} was removed as soon as it was made: is another daemon starting there?")
+    return Door(path, listener, tenant, inode)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """What tells a file from every other that is there now; None if there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _make_directory(path: Path, group_number: int) -> None:
@@ -144,9 +169,11 @@ class Server:
         self.runner = runner
         self.loop = asyncio.get_running_loop()
         self.members: set[Member] = set()
+        self._shares: dict[str | None, Share] = {}
         self._descriptors = Descriptors(runner)
         self._doors: list[Door] = []
         self._opening: set[asyncio.Task[object]] = set()
+        self._files_max = files_max()
 
     def open(self, door: Door) -> None:
         """Serve those who come through `door`."""
@@ -154,13 +181,15 @@ class Server:
         self.loop.add_reader(door.listener, self._accept, door)
 
     async def sweep(self) -> None:
-        """Cut those who came and never said anything; until cancelled."""
+        """Cut those who came and never said anything, or half of it, and take back memory; until cancelled."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self.loop.time()
-            for member in [m for m in self.members if m.deadline is not None and m.deadline <= now]:
-                self.runner.count("silent")
-                member.cut()
+            for member in list(self.members):
+                member.shrink()
+                if member.overdue(now):
+                    self.runner.count("silent")
+                    member.cut()
 
     async def close(self) -> None:
         """Accept nobody any more and cut everybody."""
@@ -171,6 +200,49 @@ class Server:
                 member.cut()
             # transports report their end in a later turn of the loop
             await asyncio.sleep(0)
+
+    # --- who is here ------------------------------------------------------------------------------------------------
+
+    def share(self, tenant: str | None) -> Share:
+        """What a tenant takes of the daemon; None is the admin socket."""
+        share = self._shares.get(tenant)
+        if share is None:
+            share = self._shares[tenant] = Share(self.loop)
+        return share
+
+    def enter(self, member: Member) -> None:
+        """One more connection."""
+        self.members.add(member)
+        self.share(member.tenant).connections += 1
+
+    def exit(self, member: Member) -> None:
+        """It is gone."""
+        if member in self.members:
+            self.members.remove(member)
+            self.share(member.tenant).connections -= 1
+
+    def relieve(self, tenant: str | None) -> None:
+        """A tenant's clients leave too much unread: cut off those that read least."""
+        share = self.share(tenant)
+        slow = [m for m in self.members if isinstance(m, ControlConnection) and m.tenant == tenant]
+        share.unread_bytes = sum(member.count_unread() for member in slow)
+        for member in sorted(slow, key=lambda m: m.unread_bytes, reverse=True):
+            if share.unread_bytes <= UNREAD_OF_TENANT_BYTES_MAX:
+                return
+            member.too_slow()
+
+    def shrink(self, tenant: str | None) -> None:
+        """Take back what a tenant's connections don't need now."""
+        for member in self.members:
+            if member.tenant == tenant:
+                member.shrink()
+
+    def _most(self, tenant: str | None) -> int:
+        """Connections that a tenant may have."""
+        if tenant is None:
+            return ADMIN_CONNECTIONS_MAX
+        tenants = sum(door.tenant is not None for door in self._doors)
+        return max(1, (CONNECTIONS_MAX - ADMIN_CONNECTIONS_MAX) // tenants)
 
     def _accept(self, door: Door) -> None:
         try:
@@ -186,12 +258,16 @@ class Server:
             self.loop.remove_reader(door.listener)
             self.loop.call_later(ACCEPT_PAUSE_S, self._accept_again, door)
             return
-        if len(self.members) >= CONNECTIONS_MAX:
+        most = self._most(door.tenant)
+        if self.share(door.tenant).connections >= most:
             self.runner.count("too_many_connections")
-            refuse(sock, ProtocolError(f"{CONNECTIONS_MAX} connections are open, the most this daemon serves"))
-            return
-        sock.setblocking(False)
-        self.members.add(Newcomer(self, sock, door.tenant))
+            refuse(sock, ProtocolError(f"{most} connections are open, the most this daemon serves on this socket"))
+        elif door.tenant is not None and sock.fileno() >= self._files_max:
+            self.runner.count("too_many_files")
+            refuse(sock, ProtocolError("the daemon has no file descriptors left: raise its limit (nofile)"))
+        else:
+            sock.setblocking(False)
+            self.enter(Newcomer(self, sock, door.tenant))
 
     def _accept_again(self, door: Door) -> None:
         if door.listener.fileno() >= 0:
@@ -205,7 +281,7 @@ class Server:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
         connection = ControlConnection(self, newcomer.tenant, newcomer.deadline)
-        self.members.add(connection)
+        self.enter(connection)
         opening: asyncio.Task[object] = self.loop.create_task(
             self.loop.connect_accepted_socket(lambda: connection, sock)
         )
@@ -218,17 +294,18 @@ class Server:
             raise ProtocolError("the admin socket gives no extents: use the socket of a tenant")
         sock = newcomer.leave()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        connection = DescriptorsConnection(
-            self._descriptors, sock, newcomer.tenant, newcomer.deadline, self.members.discard
+        self.enter(
+            DescriptorsConnection(
+                self._descriptors, self.share(newcomer.tenant), sock, newcomer.tenant, newcomer.deadline, self.exit
+            )
         )
-        self.members.add(connection)
 
 
 class Newcomer:
     """A connection that hasn't said yet what it is."""
 
     def __init__(self, server: Server, sock: socket.socket, tenant: str | None) -> None:
-        self.deadline: float | None = server.loop.time() + GREETING_S
+        self.deadline = server.loop.time() + GREETING_S
         self.tenant = tenant
         self._server = server
         self._sock = sock
@@ -238,8 +315,15 @@ class Newcomer:
     def leave(self) -> socket.socket:
         """It is known now what it is: somebody else serves its socket."""
         self._server.loop.remove_reader(self._sock)
-        self._server.members.discard(self)
+        self._server.exit(self)
         return self._sock
+
+    def overdue(self, now: float) -> bool:
+        """Did its time to greet run out?"""
+        return self.deadline <= now
+
+    def shrink(self) -> None:
+        """It has nothing."""
 
     def cut(self) -> None:
         """Close at once."""
@@ -270,17 +354,29 @@ class Newcomer:
 
 
 class ControlConnection(asyncio.BufferedProtocol):
-    """A control connection after its preface (`daemon.runner.Connection`)."""
+    """A control connection after its preface (`daemon.runner.Connection`).
 
-    def __init__(self, server: Server, tenant: str | None, deadline: float | None) -> None:
-        self.deadline = deadline
+    It reads on only when every message that it has is served: what waits lies in its buffer, in order.
+    """
+
+    def __init__(self, server: Server, tenant: str | None, deadline: float) -> None:
         self.tenant = tenant
         self.number = server.runner.join(self)
+        self.unread_bytes = 0
+        """As far as they were counted."""
         self._server = server
+        self._share = server.share(tenant)
         self._frames = FrameReader()
+        self._grown_bytes = 0
         self._transport: asyncio.Transport | None = None
         self._doomed = False
-        self._held: list[bytes] = []
+        self._greeted = False
+        self._deadline: float | None = deadline
+        """When it has to have said Hello, or to have read why it is refused."""
+        self._frame_deadline: float | None = None
+        """When a message of which there is a part has to be here whole."""
+        self._put_off: memoryview | None = None
+        """A message that the runner wants to be asked again about."""
 
     # --- what the runner does with it -------------------------------------------------------------------------------
 
@@ -289,16 +385,44 @@ class ControlConnection(asyncio.BufferedProtocol):
         if self._transport is None:
             return
         self._transport.write(frame)
-        if self._transport.get_write_buffer_size() > UNREAD_BYTES_MAX:
-            LOG.warning("connection %d of %s closed: it doesn't read its replies", self.number, self.tenant)
-            self._server.runner.count("slow")
-            self._transport.abort()
+        unread = self._transport.get_write_buffer_size()
+        if unread != self.unread_bytes:
+            self._share.unread_bytes += unread - self.unread_bytes
+            self.unread_bytes = unread
+            if unread > UNREAD_BYTES_MAX:
+                self.too_slow()
+            elif self._share.unread_bytes > UNREAD_OF_TENANT_BYTES_MAX:
+                self._server.relieve(self.tenant)
 
     def finish(self) -> None:
         """Send what is left, then close; one that doesn't read is cut when the deadline comes."""
-        self.deadline = self._server.loop.time() + GREETING_S
+        self._deadline = self._server.loop.time() + GREETING_S
         if self._transport is not None:
             self._transport.close()
+
+    # --- what the server does with it -------------------------------------------------------------------------------
+
+    def overdue(self, now: float) -> bool:
+        """Did it not greet, or not send the rest of a message, in time?"""
+        return any(until is not None and until <= now for until in (self._deadline, self._frame_deadline))
+
+    def shrink(self) -> None:
+        """Give back a buffer that has grown."""
+        self._frames.shrink()
+        self._count_grown()
+
+    def count_unread(self) -> int:
+        """How much is really unread now."""
+        self.unread_bytes = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return self.unread_bytes
+
+    def too_slow(self) -> None:
+        """It doesn't read."""
+        LOG.warning("connection %d of %s closed: it doesn't read its replies", self.number, self.tenant)
+        self._server.runner.count("slow")
+        self._share.unread_bytes -= self.unread_bytes
+        self.unread_bytes = 0
+        self.cut()
 
     def cut(self) -> None:
         """Close at once."""
@@ -321,42 +445,93 @@ class ControlConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Something came."""
-        self._guarded(lambda: self._take(nbytes))
-
-    def _guarded(self, act: Callable[[], None]) -> None:
-        error = guard(self._server.runner.counts, f"connection {self.number} of {self.tenant}", act)
-        if error is not None:
-            self.send(last_words(error))
-            self.finish()
-
-    def _take(self, nbytes: int) -> None:
-        for payload in self._frames.advance(nbytes):
-            if self._transport is None or self._transport.is_closing():
-                return
-            self.deadline = None
-            if self._held or not self._server.runner.request(self, payload):
-                self._hold([bytes(payload)])
-
-    def _hold(self, payloads: list[bytes]) -> None:
-        """Keep messages, in order, until the loop has read every socket that was readable when the first was read."""
-        if not self._held:
-            # one turn reads what was there; the next comes before anything that is read in it
-            self._server.loop.call_soon(self._server.loop.call_soon, self._go_on)
-        self._held += payloads
-
-    def _go_on(self) -> None:
-        held, self._held = self._held, []
-        self._guarded(lambda: self._serve(held))
-
-    def _serve(self, held: list[bytes]) -> None:
-        for i, payload in enumerate(held):
-            if self._transport is None or self._transport.is_closing():
-                return
-            if not self._server.runner.request(self, memoryview(payload), again=not i):
-                self._hold(held[i:])
-                return
+        self._frames.received(nbytes)
+        if not self._share.serve(self._serve) and self._transport is not None:
+            self._transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the why doesn't matter
         """The socket is closed."""
-        self._server.members.discard(self)
+        self._share.grown_bytes -= self._grown_bytes
+        self._share.unread_bytes -= self.unread_bytes
+        self._grown_bytes = self.unread_bytes = 0
+        self._server.exit(self)
         self._server.runner.leave(self)
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, until: float) -> bool:
+        """`shares.Work`: what has come so far."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return False
+        more = False
+
+        def act() -> None:
+            nonlocal more
+            more = self._answer(transport, until)
+
+        error = guard(self._server.runner.counts, f"connection {self.number} of {self.tenant}", act)
+        if error is not None:
+            self._put_off = None
+            self.send(last_words(error))
+            self.finish()
+            return False
+        if more or self._put_off is not None:
+            # the rest of a message can't come while we don't read
+            self._frame_deadline = None
+            transport.pause_reading()
+        elif not transport.is_reading():
+            transport.resume_reading()
+        return more
+
+    def _answer(self, transport: asyncio.Transport, until: float) -> bool:
+        """One message after the other; True: there may be more."""
+        runner = self._server.runner
+        again = self._put_off is not None
+        served = False
+        while (payload := self._put_off or self._frames.next()) is not None:
+            if not runner.request(self, payload, again=again):
+                self._put_off = payload
+                self._try_again_later()
+                return False
+            again, served, self._put_off = False, True, None
+            if transport.is_closing():
+                return False
+            if not self._greeted:
+                self._greet()
+            if perf_counter() >= until:
+                return True
+        self._await_rest(served=served)
+        return False
+
+    def _greet(self) -> None:
+        """A tenant's client stays if it has joined a session; whoever may use the admin socket stays anyway."""
+        if self.tenant is None or self._server.runner.joined(self):
+            self._greeted = True
+            self._deadline = None
+
+    def _try_again_later(self) -> None:
+        """Wait until the loop has read every socket that was readable when this message was read."""
+        # one turn reads what was there; the next comes before anything that is read in it
+        call_soon = self._server.loop.call_soon
+        call_soon(call_soon, self._share.serve, self._serve)
+
+    def _await_rest(self, *, served: bool) -> None:
+        """Every whole message is served; a part of the next may be here."""
+        if not self._frames.pending:
+            self._frame_deadline = None
+        elif served or self._frame_deadline is None:
+            self._frame_deadline = self._server.loop.time() + FRAME_S
+        if self._count_grown() and self._share.grown_bytes > GROWN_OF_TENANT_BYTES_MAX:
+            self._server.shrink(self.tenant)
+            if self._share.grown_bytes > GROWN_OF_TENANT_BYTES_MAX:
+                raise ProtocolError("too many large messages are half here: send them one after the other")
+
+    def _count_grown(self) -> bool:
+        """Has the buffer grown or shrunk since it was counted?"""
+        grown = self._frames.capacity - BUFFER_BYTES_MIN
+        if grown == self._grown_bytes:
+            return False
+        self._share.grown_bytes += grown - self._grown_bytes
+        self._grown_bytes = grown
+        return True

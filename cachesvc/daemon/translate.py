@@ -7,6 +7,7 @@ Pure. What a client sent wrong is a ProtocolError with the reason.
 
     message of a client           event           |  effect       message to the client
     Hello                         Hello           |  Welcome      Welcome + arena uuid, extents version
+    Claim                         Claim           |  Claimed      Claimed
     Lookup                        Lookup          |  Looked       Looked + extents version
     Lease                         Lease           |  Leased       Leased + extents version
     Allocate                      Allocate        |  Allocated    Allocated + extents version
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias
 
 from cachesvc.core import events
+from cachesvc.core.index import component_bytes
 from cachesvc.errors import ProtocolError
 from cachesvc.types import KEYS_PER_MESSAGE_MAX
 from cachesvc.wire import messages as wire
@@ -36,26 +38,38 @@ NUMBERS_PER_MESSAGE_MAX: Final = 8192
 COMPONENT_CHARS_MAX: Final = 4096
 """Name and value of one namespace component."""
 
+COMPONENTS_BYTES_MAX: Final = 16 * 1024
+"""Names and values of all components of a namespace, in UTF-8."""
+
 CLAIMED_SLOTS_MAX: Final = 1 << 17
 """Slots that one Hello claims, all tickets together; a frame couldn't hold more anyway."""
 
-Reply: TypeAlias = events.Welcome | events.Looked | events.Leased | events.Allocated | events.Sealed | events.Refused
+Reply: TypeAlias = (
+    events.Welcome | events.Claimed | events.Looked | events.Leased | events.Allocated | events.Sealed | events.Refused
+)
 """Effects that answer a call."""
 
 
 # --- client to core -------------------------------------------------------------------------------------------------
 
 
-def hello_event(message: wire.Hello, connection: int, tenant: str, process: int | None) -> events.Hello:
-    """`tenant` comes from the socket and `process` from the token: neither is the client's to claim."""
+def hello_event(
+    message: wire.Hello, connection: int, tenant: str, process: int | None, arena: bytes = b""
+) -> events.Hello:
+    """`tenant` comes from the socket and `process` from the token: neither is the client's to claim. Slots of another
+    arena than ours, `arena`, aren't claimed at all: their numbers mean something else here."""
     if max(message.chunk_bytes) > CHUNK_BYTES_MAX:
         raise ProtocolError(f"a chunk of {max(message.chunk_bytes)} bytes, allowed are {CHUNK_BYTES_MAX}")
     for name, value in message.components.items():
         if len(name) + len(value) > COMPONENT_CHARS_MAX:
             raise ProtocolError(f"namespace component {name[:40]!r} is longer than {COMPONENT_CHARS_MAX} characters")
-    claimed = sum(len(write.slots) for write in message.writes) + sum(len(lease.slots) for lease in message.leases)
-    if claimed > CLAIMED_SLOTS_MAX:
-        raise ProtocolError(f"{claimed} slots claimed in one hello, allowed are {CLAIMED_SLOTS_MAX}")
+    if (size := component_bytes(message.components)) > COMPONENTS_BYTES_MAX:
+        raise ProtocolError(
+            f"namespace components of {size} bytes, allowed are {COMPONENTS_BYTES_MAX}: hash some first"
+        )
+    writes, leases = _claims(message)
+    if message.arena not in (b"", arena):
+        writes, leases = (), ()
     return events.Hello(
         connection=connection,
         tenant=tenant,
@@ -67,9 +81,30 @@ def hello_event(message: wire.Hello, connection: int, tenant: str, process: int 
         label=message.label,
         components=message.components,
         chunk_bytes=tuple(message.chunk_bytes),
-        writes=tuple(_write_claim(ticket) for ticket in message.writes),
-        leases=tuple(events.LeaseClaim(ticket.ticket, _slot_run(ticket.slots)) for ticket in message.leases),
+        writes=writes,
+        leases=leases,
+        member=message.member,
+        open_writes=_numbers(message.open_writes),
+        open_leases=_numbers(message.open_leases),
+        over=message.over,
     )
+
+
+def _claims(
+    message: wire.Hello | wire.Claim,
+) -> tuple[tuple[events.WriteClaim, ...], tuple[events.LeaseClaim, ...]]:
+    claimed = sum(len(write.slots) for write in message.writes) + sum(len(lease.slots) for lease in message.leases)
+    if claimed > CLAIMED_SLOTS_MAX:
+        raise ProtocolError(f"{claimed} slots claimed in one message, allowed are {CLAIMED_SLOTS_MAX}")
+    return (
+        tuple(_write_claim(ticket) for ticket in message.writes),
+        tuple(events.LeaseClaim(ticket.ticket, _slot_run(ticket.slots)) for ticket in message.leases),
+    )
+
+
+def _claim(message: wire.Claim, connection: int) -> events.Event:
+    writes, leases = _claims(message)
+    return events.Claim(connection, message.call, writes, leases)
 
 
 def _write_claim(ticket: wire.OpenWrite) -> events.WriteClaim:
@@ -131,6 +166,7 @@ def _numbers(numbers: Iterable[int]) -> tuple[int, ...]:
 
 
 EVENTS: Final[dict[type[Any], Callable[[Any, int], events.Event]]] = {
+    wire.Claim: _claim,
     wire.Lookup: _lookup,
     wire.Lease: _lease,
     wire.Release: lambda message, connection: events.Release(connection, _numbers(message.tickets)),
@@ -164,5 +200,7 @@ def reply_of(effect: Reply, arena: bytes, extents_version: int) -> wire.ControlR
             return wire.Sealed(effect.call, effect.ok)
         case events.Welcome():
             return wire.Welcome(effect.call, arena, list(effect.writes_kept), list(effect.leases_kept), extents_version)
+        case events.Claimed():
+            return wire.Claimed(effect.call, list(effect.writes_kept), list(effect.leases_kept))
         case events.Refused():
             return wire.Refused(effect.call, effect.kind, effect.detail)

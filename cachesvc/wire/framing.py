@@ -36,7 +36,7 @@ FRAME_BYTES_MAX: Final = 1 << 20
 
 LENGTH: Final = struct.Struct("<I")
 BUFFER_BYTES_MIN: Final = 64 * 1024
-"""What a reader starts with; it grows to what its largest frame needed, at most one frame and its length."""
+"""What a reader starts with; it grows with the bytes that came, to at most one frame and its length."""
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _control_request: Final[msgspec.msgpack.Decoder[ControlRequest]] = msgspec.msgpack.Decoder(ControlRequest)
@@ -117,8 +117,12 @@ def _decode(decoder: msgspec.msgpack.Decoder[M], payload: bytes | memoryview) ->
 class FrameReader:
     """Cuts received bytes into payloads without copying them.
 
-    Turns of `buffer()` (where to receive into) and `advance(n)` (n bytes came). Complete payloads are views into the
-    buffer: good until the next `buffer()`. After a ProtocolError the reader stays broken and raises it again.
+    Turns of `buffer()` (where to receive into) and `advance(n)` (n bytes came), or `received(n)` and then `next()`
+    until it has no more. Complete payloads are views into the buffer: good until the next `buffer()`. After a
+    ProtocolError the reader stays broken and raises it again.
+
+    A length alone gets no memory: the buffer doubles when it is full of bytes that really came, and stays grown until
+    `shrink()`, because who sends long frames sends more of them.
 
         0 ........ start ............... end ........ len(view)
          consumed        a partial frame      free
@@ -135,15 +139,26 @@ class FrameReader:
 
     @property
     def pending(self) -> int:
-        """Bytes of a frame that isn't complete yet."""
+        """Bytes that were not given out yet: once there is no next payload, of a frame that isn't complete."""
         return self._end - self._start
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory that the buffer takes."""
+        return len(self._view)
+
+    def shrink(self) -> None:
+        """Back to the size at the start, if no frame is partly here; payloads given out before stay good."""
+        if self._start == self._end and len(self._view) > BUFFER_BYTES_MIN:
+            self._view = memoryview(bytearray(BUFFER_BYTES_MIN))
+            self._start = self._end = 0
 
     def buffer(self) -> memoryview:
         """Free space, never empty; payloads given out before are overwritten from now on."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._start + self._wanted() > len(self._view):
-            self._make_room(self._wanted())
+        elif self._end == len(self._view) or (self._start and self._start + self._wanted() > len(self._view)):
+            self._make_room()
         return self._view[self._end :]
 
     def advance(self, n: int) -> list[memoryview]:
@@ -152,21 +167,31 @@ class FrameReader:
         ProtocolError for a frame longer than `frame_bytes_max` or empty; the payloads before it are lost, like the
         connection.
         """
+        self.received(n)
+        payloads = []
+        while (payload := self.next()) is not None:
+            payloads.append(payload)
+        return payloads
+
+    def received(self, n: int) -> None:
+        """`n` bytes were put at the start of `buffer()`; for whoever takes one payload after the other by `next()`."""
+        self._end += n
+
+    def next(self) -> memoryview | None:
+        """The next payload that is here whole, None if none is. ProtocolError as in `advance`."""
         if self._broken is not None:
             raise self._broken
-        self._end += n
-        payloads = []
-        while self._end - self._start >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._view, self._start)
-            if not 0 < length <= self._frame_bytes_max:
-                self._broken = ProtocolError(f"a frame of {length} bytes, allowed are 1 to {self._frame_bytes_max}")
-                raise self._broken
-            stop = self._start + LENGTH.size + length
-            if stop > self._end:
-                break
-            payloads.append(self._view[self._start + LENGTH.size : stop])
-            self._start = stop
-        return payloads
+        if self._end - self._start < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._view, self._start)
+        if not 0 < length <= self._frame_bytes_max:
+            self._broken = ProtocolError(f"a frame of {length} bytes, allowed are 1 to {self._frame_bytes_max}")
+            raise self._broken
+        start = self._start + LENGTH.size
+        if start + length > self._end:
+            return None
+        self._start = start + length
+        return self._view[start : self._start]
 
     def _wanted(self) -> int:
         """Bytes of the frame at `start` as far as is known, its length included."""
@@ -175,11 +200,11 @@ class FrameReader:
         length: int = LENGTH.unpack_from(self._view, self._start)[0]
         return LENGTH.size + length
 
-    def _make_room(self, wanted: int) -> None:
-        """Move the partial frame to the front, of a larger buffer if need be."""
+    def _make_room(self) -> None:
+        """Move the partial frame to the front, of a larger buffer if it fills this one."""
         partial = self._view[self._start : self._end]
-        if wanted > len(self._view):
-            larger = max(wanted, min(2 * len(self._view), self._frame_bytes_max + LENGTH.size))
+        if len(partial) == len(self._view):
+            larger = min(2 * len(self._view), self._frame_bytes_max + LENGTH.size)
             self._view = memoryview(bytearray(larger))
         self._view[: len(partial)] = partial
         self._end -= self._start

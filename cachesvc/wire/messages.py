@@ -93,7 +93,13 @@ class ExtentInfo(msgspec.Struct, frozen=True, array_like=True):
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Join a session. `session` 16-64 bytes; `token` from Attached (b"" = no pidfd); `namespace` a 16-byte digest,
-    `label` and `components` are for operators; `chunk_bytes[g]` is KV group g's."""
+    `label` and `components` are for operators; `chunk_bytes[g]` is KV group g's.
+
+    `member` tells the clients of one process apart. A scheduler names every ticket that it may still use: as many as a
+    frame holds in full, in `writes` and `leases`, for a daemon that has restarted (`arena`: the uuid of the arena that
+    their slots are of); of all others the numbers, in `open_writes` and `open_leases`. What a Hello leaves out is over.
+    `over`: it was told that another scheduler came after it ("session"), and only says what it still holds.
+    """
 
     call: U64
     session: Annotated[bytes, Meta(min_length=16, max_length=64)]
@@ -105,6 +111,11 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     chunk_bytes: Annotated[list[Annotated[int, Meta(ge=1)]], Meta(min_length=1, max_length=GROUPS_MAX)]
     writes: list[OpenWrite]
     leases: list[OpenLease]
+    member: Annotated[bytes, Meta(max_length=16)] = b""
+    arena: Annotated[bytes, Meta(max_length=16)] = b""
+    open_writes: list[U64] = []
+    open_leases: list[U64] = []
+    over: bool = False
 
 
 class Lookup(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -182,6 +193,15 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=11):
     what: str
 
 
+class Claim(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """After Welcome: tickets that Hello named by number only and that the daemon, restarted, doesn't know. Answered by
+    Claimed."""
+
+    call: U64
+    writes: list[OpenWrite]
+    leases: list[OpenLease]
+
+
 # --- control: daemon to client --------------------------------------------------------------------------------------
 
 
@@ -244,12 +264,21 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=39):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=40):
-    """The call broke a rule. `kind`: "namespace" (another chunk_bytes), "limit", or "protocol" (and the connection is
-    closed after it; `call` is 0 if the message had none that could be read)."""
+    """The call broke a rule. `kind`: "namespace" (another chunk_bytes), "limit", "session" (another scheduler of it
+    came later), or "protocol" (and the connection is closed after it; `call` is 0 if the message had none that could
+    be read)."""
 
     call: U64
     kind: str
     detail: str
+
+
+class Claimed(msgspec.Struct, frozen=True, array_like=True, tag=41):
+    """Answers Claim: which of its tickets are owned again."""
+
+    call: U64
+    writes_kept: list[U64]
+    leases_kept: list[U64]
 
 
 # --- descriptors ----------------------------------------------------------------------------------------------------
@@ -291,8 +320,10 @@ class ExtentsHeld(msgspec.Struct, frozen=True, array_like=True, tag=98):
     more: bool
 
 
-ControlRequest: TypeAlias = Hello | Lookup | Lease | Release | Allocate | Seal | Abort | Done | EndRequests | Ping | Ask
-ControlReply: TypeAlias = Welcome | Looked | Leased | Allocated | Sealed | Pong | Report | Refused
+ControlRequest: TypeAlias = (
+    Hello | Claim | Lookup | Lease | Release | Allocate | Seal | Abort | Done | EndRequests | Ping | Ask
+)
+ControlReply: TypeAlias = Welcome | Claimed | Looked | Leased | Allocated | Sealed | Pong | Report | Refused
 DescriptorRequest: TypeAlias = Attach | ExtentsWanted | Unmapped
 DescriptorReply: TypeAlias = Attached | ExtentsHeld | Refused
 Message: TypeAlias = ControlRequest | ControlReply | DescriptorRequest | DescriptorReply
@@ -305,8 +336,8 @@ KEYS_PER_UNPACK: Final = 64
 
 
 def pack_keys(group: int, keys: Sequence[bytes]) -> KeyBatch:
-    """Keys of one group as one blob. ValueError (it is the caller's fault) for a key that isn't 1 ... KEY_BYTES_MAX
-    bytes, more than KEYS_PER_MESSAGE_MAX keys, or a group that can't be."""
+    """Keys of one group as one blob. ValueError (it is the caller's fault) for a key that isn't bytes, 1 to
+    KEY_BYTES_MAX of them, for more than KEYS_PER_MESSAGE_MAX keys, or a group that can't be."""
     if not 0 <= group < GROUPS_MAX:
         raise ValueError(f"KV group {group}, there are at most {GROUPS_MAX}")
     if len(keys) > KEYS_PER_MESSAGE_MAX:
@@ -315,16 +346,26 @@ def pack_keys(group: int, keys: Sequence[bytes]) -> KeyBatch:
         return KeyBatch(group, [], b"")
     try:
         blob = b"".join(keys)
+        lengths = list(map(len, keys))
     except TypeError as error:
         raise ValueError(f"keys are bytes: {error}") from error
-    lengths = list(map(len, keys))
+    # other buffers are joined, too, and some have another length than bytes: the peer would cut them elsewhere
+    if not isinstance(keys[0], bytes):
+        raise ValueError(f"keys are bytes, not {type(keys[0]).__name__}")
     length = lengths[0]
     if lengths.count(length) == len(keys):
         check_key_length(length)
+        _check_blob(blob, length * len(keys))
         return KeyBatch(group, length, blob)
     check_key_length(min(lengths))
     check_key_length(max(lengths))
+    _check_blob(blob, sum(lengths))
     return KeyBatch(group, lengths, blob)
+
+
+def _check_blob(blob: bytes, size: int) -> None:
+    if len(blob) != size:
+        raise ValueError(f"keys are bytes, and these of {size} have {len(blob)} bytes")
 
 
 def check_key_length(length: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cachesvc.arena.preflight import Limits, cgroup_limit, preflight, read_limits
+from cachesvc.arena.preflight import Limits, cgroup_limit, filesystem, preflight, read_limits
 from cachesvc.errors import OperatorError
 
 MIB = 1 << 20
@@ -134,6 +135,38 @@ def test_limits_of_this_machine(shm: Path) -> None:
     assert limits.available > 0
     with pytest.raises(OperatorError, match=r"MemAvailable .* GiB, of which"):
         preflight(1 << 60, 0, shm)
+
+
+# --- the medium -----------------------------------------------------------------------------------------------------
+
+
+def mounts(tmp_path: Path, kind: str) -> Path:
+    """A fake /proc that says on what kind of file system `tmp_path` lies."""
+    device = tmp_path.stat().st_dev
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/mountinfo").write_text(
+        "21 1 999:7 / /sys rw shared:1 - sysfs sysfs rw\n"
+        f"22 1 {os.major(device)}:{os.minor(device)} / /x rw,noatime shared:1 master:2 - {kind} /dev/x rw\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_the_kind_of_a_file_system(tmp_path: Path, kind: str) -> None:
+    assert filesystem(tmp_path, mounts(tmp_path, kind)) == kind
+    assert filesystem(Path("/proc"), tmp_path) is None, "not in the list"
+    assert filesystem(tmp_path / "nowhere", tmp_path) is None
+    assert filesystem(tmp_path, tmp_path / "nowhere") is None
+
+
+def test_an_arena_on_a_disk_is_refused(tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(90 * GIB, None, None)
+    preflight(GIB, 0, shm, lambda _: limits)
+    monkeypatch.setattr("cachesvc.arena.preflight.filesystem", lambda _: "xfs")
+    with pytest.raises(OperatorError, match=f"arena_dir {tmp_path} lies on xfs, not in memory: set arena_dir to"):
+        preflight(GIB, 0, tmp_path, lambda _: limits)
+    monkeypatch.setattr("cachesvc.arena.preflight.filesystem", lambda _: None)
+    preflight(GIB, 0, tmp_path, lambda _: limits)
 
 
 @pytest.fixture

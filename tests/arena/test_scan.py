@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cachesvc.arena.files import DATA, SPARE, TABLE, format_data, make_spare, path_of
 from cachesvc.arena.layout import ENTRY_BYTES, LAYOUT_VERSION, Header, encode_header
-from cachesvc.arena.scan import Found, find_extents
+from cachesvc.arena.scan import Found, find_extents, found_bytes
 
 EXTENT_BYTES = 64 << 10
 SLOT_BYTES = 4096
@@ -43,16 +43,30 @@ def rewrite(directory: Path, header: Header) -> None:
 
 
 def test_nothing(shm: Path) -> None:
-    assert scan(shm) == Found((), (), (), 0)
+    assert scan(shm) == Found((), (), ())
 
 
 def test_everything_good_comes_back(shm: Path) -> None:
     second, first = make_extent(shm, 12, "b"), make_extent(shm, 2, "a")
     make_spare(shm, 7, EXTENT_BYTES)
     before = names(shm)
-    assert scan(shm) == Found((7,), (first, second), (), 3 * EXTENT_BYTES)
+    assert scan(shm) == Found((7,), (first, second), ())
     assert names(shm) == before
     assert scan(shm, 13).dropped == ()
+
+
+def test_bytes_that_are_there_whatever_becomes_of_them(shm: Path) -> None:
+    """Tables aren't counted; truncated data holds less; a killed run's unfinished file counts."""
+    assert found_bytes(shm) == 0
+    make_extent(shm, 2)
+    make_extent(shm, 3)
+    os.truncate(path_of(shm, 3, DATA), 4096)
+    make_spare(shm, 7, EXTENT_BYTES)
+    path_of(shm, 7, SPARE).rename(shm / "extent-00000008.spare.new")
+    (shm / "notes").write_bytes(bytes(8192))
+    assert found_bytes(shm) == 2 * EXTENT_BYTES + 4096
+    scan(shm)
+    assert found_bytes(shm) == EXTENT_BYTES
 
 
 # --- extents that don't match ---------------------------------------------------------------------------------------
@@ -131,7 +145,7 @@ def test_files_that_do_not_match(reason: str, shm: Path) -> None:
     found = scan(shm)
     assert found.headers == (bystander,)
     assert found.spares == ()
-    assert found.held_bytes == EXTENT_BYTES
+    assert found_bytes(shm) == EXTENT_BYTES
     assert len(found.dropped) == 1
     assert reason in found.dropped[0]
     assert names(shm) == {"extent-00000001.data", "extent-00000001.table"}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from cachesvc.client.channel import REQUESTS_LATER_MAX, TICKETS_LATER_MAX, Channel, Later
+from cachesvc.client import channel as channel_module
+from cachesvc.client.channel import REQUESTS_LATER_MAX, TICKETS_LATER_MAX, Channel, Later, State
 from cachesvc.client.connection import Connection
 from cachesvc.errors import ProtocolError
 from cachesvc.types import KeyState
@@ -353,6 +354,115 @@ def test_a_call_reads_over_the_answer_to_a_ping(wired: Wired) -> None:
 # --- closing --------------------------------------------------------------------------------------------------------
 
 
+# --- without waiting ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard() -> Iterator[tuple[Wired, list[ControlReply]]]:
+    """A channel whose owner hears replies."""
+    replies: list[ControlReply] = []
+    wired = Wired()
+    wired.channel.close(HANG_S)
+    wired.peer.close()
+    wired.channel = Channel(wired._wake, replies.append)
+    wired.plug()
+    yield wired, replies
+    wired.channel.close(HANG_S)
+    wired.peer.close()
+
+
+def test_several_requests_are_posted_at_once_and_heard_later(heard: tuple[Wired, list[ControlReply]]) -> None:
+    wired, replies = heard
+    calls = [Lookup(wired.channel.number(), KEYS) for _ in range(3)]
+    assert wired.channel.post(calls, 0.0)
+    assert wired.messages() == calls
+    wired.channel.listen()
+    assert replies == []
+    answers: list[ControlReply] = [Looked(call.call, b"\x01", 1) for call in calls]
+    wired.peer.sendall(encode(answers[0]) + encode(answers[1])[:3])
+    wired.channel.listen()
+    assert replies == answers[:1]
+    wired.peer.sendall(encode(answers[1])[3:] + encode(answers[2]))
+    wired.channel.listen()
+    assert replies == answers
+    assert wired.state == "up"
+
+
+def test_what_goes_along_goes_with_what_is_posted(heard: tuple[Wired, list[ControlReply]]) -> None:
+    wired, _ = heard
+    wired.channel.tell_along(Release, [4])
+    wired.channel.tell_along(Release, [5])
+    call = Lookup(wired.channel.number(), KEYS)
+    assert wired.channel.post([call], 0.0)
+    assert wired.messages() == [Release([4, 5]), call]
+
+
+def test_a_call_after_what_was_posted_gets_its_own_reply(heard: tuple[Wired, list[ControlReply]]) -> None:
+    wired, replies = heard
+    posted = Lookup(wired.channel.number(), KEYS)
+    assert wired.channel.post([posted], 0.0)
+
+    def answer() -> None:
+        got: list[ControlRequest] = []
+        while len(got) < 2:
+            got += wired.messages()
+        for state, message in enumerate(got, 1):
+            assert isinstance(message, Lookup)
+            wired.peer.sendall(encode(Looked(message.call, bytes([state]), 1)))
+
+    peer = threading.Thread(target=answer)
+    peer.start()
+    assert wired.lookup() == Looked(posted.call + 1, b"\x02", 1)
+    peer.join(HANG_S)
+    assert [reply.call for reply in replies] == [posted.call, posted.call + 1]
+
+
+def test_nothing_is_posted_while_the_channel_is_used_or_down(wired: Wired) -> None:
+    with wired.channel._lock:
+        assert not wired.channel.post([Lookup(1, KEYS)], 0.0)
+        wired.channel.listen()
+        wired.channel.missed()
+    assert wired.state == "up"
+    assert wired.lookup(seconds=0.01) is KeyState.DEADLINE
+    assert not wired.channel.post([Lookup(3, KEYS)], time.monotonic() + HANG_S)
+    wired.channel.listen()
+    assert len(wired.messages()) == 1
+    assert wired.nothing_was_sent()
+
+
+def test_listening_notices_the_end_and_garbage(wired: Wired) -> None:
+    wired.peer.close()
+    wired.channel.listen()
+    assert wired.state == "down"
+    assert not wired.channel.connected()
+    wired.plug()
+    wired.peer.sendall(b"\x05\x00\x00\x00abcde")
+    wired.channel.listen()
+    assert wired.state == "down"
+    assert not wired.channel.connected()
+    wired.channel.listen()
+
+
+def test_posting_into_a_closed_connection_is_noticed_when_it_is_read(wired: Wired) -> None:
+    wired.peer.close()
+    assert wired.channel.post([Lookup(1, KEYS)], 0.0)
+    wired.channel.listen()
+    assert wired.state == "down"
+
+
+def test_a_reply_that_did_not_come_in_time_is_a_missed_deadline(wired: Wired) -> None:
+    assert wired.channel.post([Lookup(wired.channel.number(), KEYS)], 0.0)
+    woken = wired.woken
+    wired.channel.missed()
+    assert wired.state == "down"
+    assert "deadline" in wired.channel.error
+    assert wired.woken == woken + 1
+    assert wired.channel.connected(), "its late reply may still come"
+    wired.channel.missed()
+    assert wired.woken == woken + 1
+    assert wired.lookup() is KeyState.DAEMON_DOWN
+
+
 def test_closing_sends_what_is_left(wired: Wired) -> None:
     wired.lookup(0.01)
     wired.messages()
@@ -462,3 +572,103 @@ def test_telling_never_gets_lost_between_threads(wired: Wired) -> None:
     stop.set()
     wired.channel.tell(Abort, [1])
     server.join(HANG_S)
+
+
+# --- locks that are never given up ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> Wired:
+    monkeypatch.setattr(channel_module, "ABANDONED_S", 0.01)
+    monkeypatch.setattr(channel_module, "WATCH_S", 0.005)
+    return wired
+
+
+def test_a_lock_whose_holder_is_gone_is_replaced(impatient: Wired) -> None:
+    """A signal handler raised between taking the lock and `try`."""
+    impatient.channel._lock.acquire()
+    impatient.channel.tell(Abort, [7])
+    until = time.monotonic() + HANG_S
+    while impatient.state == "up" and time.monotonic() < until:
+        impatient.channel.tend()
+    assert not impatient.channel.connected(), "nobody knows what was sent"
+    impatient.peer.close()
+    impatient.plug()
+    assert impatient.messages() == [Abort([7])]
+    impatient.channel.tell(Abort, [8])
+    assert impatient.messages() == [Abort([8])]
+
+
+def test_a_lock_that_is_lost_while_it_is_down_keeps_nobody_from_coming_back(impatient: Wired) -> None:
+    impatient.peer.close()
+    impatient.channel.listen()
+    impatient.channel._lock.acquire()
+    impatient.plug()
+    assert impatient.state == "up"
+    impatient.channel._lock.acquire()
+    impatient.channel.missed()
+    impatient.channel.state = State.DOWN
+    impatient.channel.revive(0.0)
+    assert not impatient.channel._lock.locked()
+
+
+def test_a_lock_that_is_used_is_not_replaced(impatient: Wired) -> None:
+    """A call waits for longer than that: its deadline is later."""
+    caller = threading.Thread(target=impatient.lookup)
+    caller.start()
+    (lookup,) = impatient.messages()
+    assert isinstance(lookup, Lookup)
+    for _ in range(20):
+        time.sleep(0.005)
+        impatient.channel.tend()
+    assert impatient.state == "up"
+    impatient.peer.sendall(encode(Looked(lookup.call, b"\x01", 1)))
+    caller.join(HANG_S)
+    assert not impatient.channel._lock.locked()
+
+
+def test_a_holder_that_comes_back_too_late_gets_nothing(impatient: Wired) -> None:
+    """Its handler took minutes. What its call brought isn't in the Hello that was said meanwhile."""
+    lock = impatient.channel._lock
+
+    def abandoned(_: object) -> str:
+        impatient.channel._abandon()
+        impatient.peer.close()
+        impatient.plug()
+        return "slots"
+
+    def answer() -> None:
+        (lookup,) = impatient.messages()
+        assert isinstance(lookup, Lookup)
+        impatient.peer.sendall(encode(Looked(lookup.call, b"\x01", 1)))
+
+    peer = threading.Thread(target=answer)
+    peer.start()
+    call = Lookup(impatient.channel.number(), KEYS)
+    outcome = impatient.channel.call([call], abandoned, time.monotonic() + HANG_S, (Abort, [9]))
+    peer.join(HANG_S)
+    assert outcome is KeyState.DEADLINE
+    assert impatient.state == "up", "the new connection isn't its to drop"
+    assert impatient.channel._lock is not lock
+    assert not lock.locked()
+    impatient.channel.tell(Abort, [])
+    assert impatient.messages() == [Abort([9])]
+
+
+def test_an_exception_while_replies_are_read_costs_the_connection(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "collect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        wired.lookup()
+    assert not wired.channel.connected()
+    assert not wired.channel._lock.locked()
+
+
+def test_a_deadline_missed_for_reasons_of_our_own_is_not_held_against_the_daemon(wired: Wired) -> None:
+    call = Lookup(wired.channel.number(), KEYS)
+    assert wired.channel.call([call], lambda _: None, time.monotonic() + 0.01, blame=False) is KeyState.DEADLINE
+    assert wired.state == "up"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import cachesvc
 from cachesvc.client import client as client_module
 from cachesvc.client.client import Client
 from cachesvc.client.copying import Copier
+from cachesvc.client.grants import KeyRun
 from cachesvc.types import NAMESPACE_CONNECTOR, NAMESPACE_USER, AllocateState, KeyState, Priority, user_namespace
 from cachesvc.wire.messages import (
     Abort,
     Allocate,
     Allocated,
+    EndRequests,
     Hello,
     Lease,
     Looked,
@@ -109,17 +112,20 @@ def test_another_chunk_bytes_is_told_by_the_constructor(daemon: FakeDaemon) -> N
         Client(daemon.path, namespace="test", chunk_bytes=CHUNK)
 
 
-def test_another_chunk_bytes_is_told_by_the_next_call_if_it_is_known_later(daemon: FakeDaemon) -> None:
+def test_another_chunk_bytes_that_is_known_later_is_a_miss_until_it_fits(daemon: FakeDaemon) -> None:
+    """An operator starts the daemon with the wrong extent size: a running engine is told nothing but misses."""
     daemon.stop()
     with Client(daemon.path, namespace="test", chunk_bytes=CHUNK) as client:
         assert client.lookup([b"a"]) == 0
         daemon.on[Hello] = lambda hello: Refused(hello.call, "namespace", "holds chunks of [1] bytes")
         daemon.restart()
         wait_for(lambda: daemon.got(Hello))
-        wait_for(lambda: client._session.refusal)
+        wait_for(lambda: "holds chunks" in str(client.status()["error"]))
         for use in USES:
-            with pytest.raises(ValueError, match="holds chunks"):
-                use(client)
+            use(client)
+        del daemon.on[Hello]
+        wait_for(lambda: client.put(b"a", b"x"))
+        assert client.lookup([b"a"]) == 1
 
 
 USES: list[Callable[[Client], object]] = [
@@ -445,3 +451,55 @@ def test_a_read_notices_a_reused_slot(daemon: FakeDaemon, client: Client) -> Non
         assert read.valid()
         daemon.evict(b"b")
         assert not read.valid()
+
+
+# --- after close, other arenas, long prompts --------------------------------------------------------------------------
+
+
+def test_what_was_made_before_closing_is_closed_too(daemon: FakeDaemon, client: Client) -> None:
+    read, write = client.read([b"a"]), client.write([b"a"])
+    client.close()
+    for context in (read, write):
+        with pytest.raises(ValueError, match="closed"):
+            context.__enter__()
+
+
+@pytest.mark.parametrize("timeout", ["x", None, float("nan"), 1e30])
+def test_times_to_wait_that_cannot_be(client: Client, timeout: Any) -> None:
+    with pytest.raises(ValueError, match="number of seconds"):
+        client.wait_ready(timeout)
+
+
+def test_slots_of_another_arena_are_not_looked_up_in_this_one(daemon: FakeDaemon, client: Client) -> None:
+    """The daemon was started anew between the answer and the mapping: an extent of the same number is another's."""
+    session, soon = client._session, time.monotonic() + HANG_S
+    grant = session.allocate(KeyRun(0, [b"w"]), soon)
+    grant.tickets[0].arena = b"x" * 16
+    assert client_module._writable(session, grant, 1, soon) == []
+    grant.lengths = [1]
+    assert client_module._readable(session, grant, soon) == ([], [])
+    grant = session.allocate(KeyRun(0, [b"v"]), soon)
+    assert len(client_module._writable(session, grant, 1, soon)) == 1
+    grant.tickets[0].lost = True
+    assert client_module._writable(session, grant, 1, soon) == []
+    session._writes.clear()
+
+
+def test_a_prompt_of_several_messages_is_one_request(daemon: FakeDaemon, client: Client) -> None:
+    """Else its tail pushes out its head: the daemon remembers nothing of request 0."""
+    some = [b"%d" % n for n in range(5000)]
+    with client.write(some):
+        numbers = {allocate.request for allocate in daemon.got(Allocate)}
+        assert len(numbers) == 1
+        assert min(numbers) >= 1 << 63
+        assert not daemon.got(EndRequests), "its seal goes by it, too"
+    with client.read(some):
+        pass
+    leases = {lease.request for lease in daemon.got(Lease)}
+    assert len(leases) == 1
+    assert not leases & numbers
+    asked(client)
+    assert {number for end in daemon.got(EndRequests) for number in end.requests} == numbers | leases
+    with client.write([b"x"]), client.write(some, request=5):
+        pass
+    assert {allocate.request for allocate in daemon.got(Allocate)} == numbers | {0, 5}

@@ -99,3 +99,22 @@ def test_the_helper_ends_with_a_client_that_was_dropped(copier: Copier) -> None:
     del dropped
     helper.join(60)
     assert not helper.is_alive()
+
+
+def test_without_a_thread_the_caller_copies_alone(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is ending, or there are too many."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = os.urandom(SHARED_BYTES_MIN + 1)
+    target = bytearray(len(source))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        copier.copy(memoryview(target), memoryview(source))
+    assert target == source
+    assert copier._helper is None
+    target[:] = bytes(len(target))
+    copier.copy(memoryview(target), memoryview(source))
+    assert target == source
+    assert copier._helper is not None

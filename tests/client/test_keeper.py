@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from cachesvc.client.channel import State
+from cachesvc.client.grants import KeyRun
 from cachesvc.client.keeper import Keeper
-from cachesvc.client.session import KeyRun, Session
+from cachesvc.client.session import Session
 from cachesvc.types import AllocateState, KeyState
 from cachesvc.wire.messages import (
     Abort,
@@ -29,8 +30,8 @@ from cachesvc.wire.messages import (
     Release,
     Unmapped,
 )
-from tests.client.test_session import identity, run, soon
 from tests.support.fake_daemon import TOKEN, Close, FakeDaemon, wait_for
+from tests.support.joined import identity, run, soon
 
 HANG_S = 30.0
 RAM = bytes([KeyState.RAM])
@@ -41,7 +42,7 @@ class Kept:
 
     def __init__(self, path: str) -> None:
         wake = threading.Event()
-        self.session = Session(identity(chunk_bytes=(4096,)), wake.set)
+        self.session = Session(identity(chunk_bytes=(4096,)), wake.set, first_ticket=1)
         self.keeper = Keeper(self.session, lambda: path, wake)
 
     @property
@@ -125,14 +126,68 @@ def test_what_is_no_daemon_is_no_error(tmp_path: Path, keep: Callable[[str], Kep
     assert kept.lookup(b"a") == bytes([KeyState.DAEMON_DOWN])
 
 
-def test_a_refused_namespace_is_final(daemon: FakeDaemon, keep: Callable[[str], Kept]) -> None:
+def test_a_refused_namespace_is_asked_for_again(daemon: FakeDaemon, keep: Callable[[str], Kept]) -> None:
     daemon.on[Hello] = lambda hello: Refused(hello.call, "namespace", "holds chunks of 1 bytes")
     kept = keep(daemon.path)
     assert kept.keeper.tried.wait(HANG_S)
     assert kept.session.refusal == "holds chunks of 1 bytes"
-    kept.keeper._wake.set()
-    time.sleep(0.02)
-    assert len(daemon.got(Hello)) == 1
+    del daemon.on[Hello]
+    wait_for(lambda: kept.session.channel.state is State.UP)
+    assert kept.session.refusal == ""
+    daemon.on[Hello] = lambda hello: Refused(hello.call, "namespace", "an extent is too small for it")
+    daemon.stop()
+    daemon.restart()
+    wait_for(lambda: "too small" in kept.session.channel.error)
+    assert kept.session.refusal == "", "the daemon had it: it may take it again"
+
+
+def test_nothing_that_goes_wrong_ends_the_thread(daemon: FakeDaemon) -> None:
+    kept = Kept("/\ud800")
+    try:
+        assert kept.keeper.tried.wait(HANG_S)
+        assert "UnicodeEncodeError" in kept.session.channel.error
+        kept.keeper._address = lambda: daemon.path
+        wait_for(lambda: kept.session.channel.state is State.UP)
+    finally:
+        kept.keeper.stop(HANG_S)
+
+
+def test_without_a_thread_everything_is_a_miss(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        kept = Kept(daemon.path)
+    assert kept.keeper.tried.is_set()
+    assert kept.lookup(b"a") == bytes([KeyState.DAEMON_DOWN])
+    assert kept.session.channel.error == "can't start new thread"
+    kept.keeper.stop(HANG_S)
+
+
+def test_who_is_superseded_only_tells_what_it_still_holds(daemon: FakeDaemon, keep: Callable[[str], Kept]) -> None:
+    kept = keep(daemon.path)
+    wait_for(lambda: kept.session.channel.state is State.UP)
+    grants = [kept.session.allocate(KeyRun(0, [key]), soon()) for key in (b"a", b"b")]
+    daemon.on[Hello] = lambda hello: Refused(hello.call, "session", "another came later")
+    daemon.stop()
+    daemon.restart()
+    wait_for(lambda: kept.session.superseded)
+    assert kept.session.superseded == "another came later"
+    assert kept.session.refusal == ""
+    assert [grant.lost for grant in grants] == [True, True], "nothing of it will be sealed"
+    told = daemon.got(Hello)[-1]
+    assert [write.ticket for write in told.writes] == [1, 2]
+    time.sleep(0.1)
+    assert daemon.got(Hello)[-1] is told, "nothing has changed"
+    kept.session.abort(grants[0])
+    wait_for(lambda: daemon.got(Hello)[-1] is not told)
+    told = daemon.got(Hello)[-1]
+    assert ([write.ticket for write in told.writes], told.over) == ([2], True)
+    kept.session.abort(grants[1])
+    kept.keeper.stop(HANG_S)
+    assert daemon.got(Hello)[-1].writes == [], "the last word"
+    assert not kept.keeper._thread.is_alive()
 
 
 def closing(_: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cachesvc.arena.layout import STATE_FREE, STATE_SEALED
+from cachesvc.arena.layout import STATE_FREE, STATE_SEALED, STATE_WRITING
 from cachesvc.client import mappings
 from cachesvc.client.mappings import Extents, Mapping
 from cachesvc.errors import FormatError, ProtocolError
@@ -102,6 +102,24 @@ def test_a_slot_is_sealed_while_its_word_says_so(on_disk: FakeExtent) -> None:
     on_disk.mark(0, 6, STATE_FREE)
     assert not mapping.sealed(0, 5)
     assert not mapping.sealed(0, 2**64 - 1)
+
+
+def test_a_slot_is_given_out_while_its_word_says_so(on_disk: FakeExtent) -> None:
+    mapping = mapping_of(on_disk)
+    assert not mapping.writing(1, 4)
+    on_disk.mark(1, 4, STATE_WRITING)
+    assert mapping.writing(1, 4)
+    assert not mapping.sealed(1, 4)
+    assert not mapping.writing(1, 5)
+    assert not mapping.writing(2, 4)
+    on_disk.mark(1, 4, STATE_SEALED)
+    assert not mapping.writing(1, 4)
+    on_disk.mark(1, 5, STATE_FREE)
+    assert not mapping.writing(1, 5)
+
+
+def test_a_mapping_knows_its_arena(on_disk: FakeExtent) -> None:
+    assert mapping_of(on_disk).arena == ARENA
 
 
 def test_pages_are_populated_in_steps(on_disk: FakeExtent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,3 +405,30 @@ def test_disowned_extents_ask_nobody(daemon: FakeDaemon, extents: Extents) -> No
     daemon.add_extent()
     assert not extents.refresh(soon())
     assert list(extents.mapped) == [1]
+
+
+def test_too_many_open_files_are_no_old_kernel(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pidfd the daemon would wait by the clock for this process, for as long as it lives."""
+
+    def refuse(pid: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    extents = Extents([4096])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", refuse)
+        with pytest.raises(OSError, match="Too many"):
+            extents.attach(daemon.path, HANG_S)
+    assert not extents.attached()
+    assert extents.attach(daemon.path, HANG_S) == TOKEN
+    extents.close()
+
+
+def test_closing_says_what_is_unmapped(daemon: FakeDaemon, extents: Extents) -> None:
+    """But not what a view still shows."""
+    other = daemon.add_extent()
+    assert extents.refresh(time.monotonic() + HANG_S)
+    view = extents.mapped[1].view(0, 1)
+    extents.close()
+    wait_for(lambda: daemon.got(Unmapped))
+    assert daemon.got(Unmapped) == [Unmapped([other.number])]
+    assert view is not None

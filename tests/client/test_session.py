@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import Any
 import pytest
 
 from cachesvc.client.channel import State
-from cachesvc.client.keeper import Keeper
-from cachesvc.client.session import TICKETS_OPEN_MAX, Grant, Identity, KeyRun, Session, Ticket
+from cachesvc.client.grants import Grant, Ticket
+from cachesvc.client.session import TICKETS_OPEN_MAX, Session
 from cachesvc.types import KEYS_PER_MESSAGE_MAX, AllocateState, KeyState, Role
 from cachesvc.wire.framing import FRAME_BYTES_MAX, encode
 from cachesvc.wire.messages import (
     Abort,
     Allocate,
     Allocated,
+    Claim,
+    Claimed,
     Done,
     EndRequests,
     Hello,
@@ -39,54 +40,11 @@ from cachesvc.wire.messages import (
     unpack_keys,
 )
 from tests.support.fake_daemon import Close, FakeDaemon, wait_for
+from tests.support.joined import Joined, identity, many, run, soon
 
 HANG_S = 30.0
 RAM, NEVER, NO_ROOM = bytes([KeyState.RAM]), bytes([KeyState.NEVER_STORED]), bytes([KeyState.NO_ROOM])
 NEW, PRESENT, RETRY = bytes([AllocateState.NEW]), bytes([AllocateState.PRESENT]), bytes([AllocateState.RETRY])
-
-
-def identity(**changes: Any) -> Identity:
-    usual: dict[str, Any] = {
-        "session": b"s" * 16,
-        "role": Role.SCHEDULER,
-        "namespace": b"n" * 16,
-        "label": "test",
-        "components": {"user": "test"},
-        "chunk_bytes": (4096, 100),
-    }
-    return Identity(**(usual | changes))
-
-
-def soon() -> float:
-    return time.monotonic() + HANG_S
-
-
-def run(*keys: bytes, group: int = 0) -> KeyRun:
-    return KeyRun(group, list(keys))
-
-
-def many(count: int) -> KeyRun:
-    return KeyRun(0, [b"%d" % i for i in range(count)])
-
-
-class Joined:
-    """A session of the real client that is up with a fake daemon."""
-
-    def __init__(self, daemon: FakeDaemon, **changes: Any) -> None:
-        wake = threading.Event()
-        self.daemon = daemon
-        self.session = Session(identity(**changes), wake.set)
-        self.keeper = Keeper(self.session, lambda: daemon.path, wake)
-        self.up()
-        assert self.keeper.settled.wait(HANG_S)
-
-    def up(self) -> None:
-        wait_for(lambda: self.session.channel.state is State.UP)
-
-    def told(self, kind: type) -> list[Any]:
-        """One-way messages that the daemon has by now, after everything sent before has arrived."""
-        assert self.session.lookup(run(b"x"), soon()) is not None
-        return self.daemon.got(kind)
 
 
 @pytest.fixture
@@ -110,12 +68,18 @@ def joined(tmp_path: Path) -> Iterator[Joined]:
         {"session": b"s" * 65},
         {"chunk_bytes": ()},
         {"chunk_bytes": (0,)},
-        {"chunk_bytes": (1 << 32,)},
+        {"chunk_bytes": ((1 << 31) + 1,)},
+        {"chunk_bytes": (True,)},
+        {"chunk_bytes": (4096.0,)},
+        {"session": "s" * 16},
+        {"label": "l" * 257},
+        {"components": {"name": "x" * 4093}},
+        {"components": {str(n): "" for n in range(65)}},
         {"chunk_bytes": (1,) * 65},
     ],
 )
 def test_an_identity_that_no_daemon_would_take(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"session|chunk_bytes|groups"):
+    with pytest.raises(ValueError, match=r"session|chunk_bytes|groups|label|component"):
         Session(identity(**changes), lambda: None)
 
 
@@ -485,6 +449,7 @@ def test_what_a_welcome_does_not_keep_is_lost(joined: Joined) -> None:
     grants = [Grant(b"", [Ticket(number, ONE)]) for number in (1, 2)]
     joined.session._leases = {1: grants[0].tickets[0], 2: grants[1].tickets[0]}
     joined.session._writes = {3: Ticket(3, ONE, KEYS), 4: Ticket(4, ONE, KEYS)}
+    joined.session.hello(b"")
     joined.session.welcomed(Welcome(1, joined.daemon.arena, [4], [1], 5))
     assert [grant.lost for grant in grants] == [False, True]
     assert [ticket.lost for ticket in joined.session._writes.values()] == [True, False]
@@ -497,3 +462,128 @@ def test_nothing_survives_another_arena(joined: Joined) -> None:
     assert joined.session._leases[1].lost
     assert joined.session.extents.mapped == {}
     assert joined.session.arena == b"x" * 16
+
+
+# --- more than a Hello can describe -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot a message."""
+    monkeypatch.setattr("cachesvc.client.session.CLAIM_BYTES_MAX", 60)
+
+
+def test_what_a_hello_cannot_describe_it_names(joined: Joined, small_claims: None) -> None:
+    """What it leaves out the daemon gives to others, while we still write there."""
+    writes = [joined.session.allocate(run(key), soon()) for key in (b"a", b"b", b"c")]
+    joined.daemon.store(b"r", b"1")
+    joined.session.lease(run(b"r"), soon())
+    writes[1].tickets[0].lost = True
+    hello = joined.session.hello(b"")
+    assert [write.ticket for write in hello.writes] == [1]
+    assert (hello.open_writes, hello.open_leases, hello.leases) == ([2, 3], [4], []), "lost ones, too"
+    assert hello.arena == joined.daemon.arena
+
+
+def test_what_a_restarted_daemon_does_not_know_by_number_is_claimed(joined: Joined, small_claims: None) -> None:
+    writes = [joined.session.allocate(run(key), soon()) for key in (b"a", b"b", b"c")]
+    joined.daemon.on[Hello] = lambda hello: Welcome(hello.call, joined.daemon.arena, [1], [], 1)
+    joined.daemon.on[Claim] = lambda claim: Claimed(claim.call, [t.ticket for t in claim.writes if t.ticket == 2], [])
+    joined.daemon.stop()
+    joined.daemon.restart()
+    wait_for(lambda: len(joined.daemon.got(Claim)) == 2)
+    joined.up()
+    assert [claim.writes for claim in joined.daemon.got(Claim)] == [
+        [OpenWrite(number, pack_keys(0, [key]), writes[number - 1].tickets[0].slots)]
+        for number, key in ((2, b"b"), (3, b"c"))
+    ]
+    assert [grant.lost for grant in writes] == [False, False, True]
+
+
+def test_nothing_is_claimed_of_another_arena(joined: Joined, small_claims: None) -> None:
+    writes = [joined.session.allocate(run(key), soon()) for key in (b"a", b"b")]
+    joined.daemon.on[Hello] = lambda hello: Welcome(hello.call, b"x" * 16, [], [], 1)
+    joined.daemon.stop()
+    joined.daemon.restart()
+    wait_for(lambda: all(grant.lost for grant in writes))
+    joined.up()
+    assert not joined.daemon.got(Claim)
+    hello = joined.session.hello(b"")
+    assert (hello.writes, hello.open_writes) == ([], []), "these numbers mean nothing there"
+
+
+def test_a_claim_answered_by_nonsense_costs_the_connection(joined: Joined, small_claims: None) -> None:
+    for key in (b"a", b"b"):
+        joined.session.allocate(run(key), soon())
+    joined.daemon.on[Claim] = lambda claim: Sealed(claim.call, True)
+    joined.daemon.stop()
+    joined.daemon.restart()
+    wait_for(lambda: "Claimed was to come" in joined.session.channel.error)
+
+
+def test_tickets_of_two_sessions_have_different_numbers() -> None:
+    """They may be told apart by nothing else, if both have the same session id."""
+    sessions = [Session(identity(), lambda: None) for _ in range(2)]
+    assert sessions[0].member != sessions[1].member
+    assert next(sessions[0]._tickets) != next(sessions[1]._tickets)
+
+
+# --- calls of very many messages --------------------------------------------------------------------------------------
+
+
+def test_a_deadline_is_looked_at_between_windows(joined: Joined) -> None:
+    """Our own slowness with a huge call is no fault of the daemon's, and the call ends in time."""
+    keys = many(10 * KEYS_PER_MESSAGE_MAX)
+    slow = time.monotonic() + 0.5
+
+    def answer(lookup: Lookup) -> Looked:
+        if lookup.call % 8 == 0:
+            time.sleep(max(0.0, slow - time.monotonic()))
+        return Looked(lookup.call, NEVER * len(unpack_keys(lookup.keys)), 1)
+
+    joined.daemon.on[Lookup] = answer
+    states = joined.session.lookup(keys, slow + 0.02)
+    assert len(states) == len(keys)
+    assert joined.session.channel.state is State.UP
+
+
+def test_a_window_that_fails_ends_a_grant_and_keeps_what_came_before(joined: Joined) -> None:
+    keys = many(9 * KEYS_PER_MESSAGE_MAX)
+
+    def answer(allocate: Allocate) -> Any:
+        if len(joined.daemon.got(Allocate)) > 8:
+            raise Close
+        count = len(unpack_keys(allocate.keys))
+        return Allocated(allocate.call, NEW + PRESENT * (count - 1), ONE, 1)
+
+    joined.daemon.on[Allocate] = answer
+    grant = joined.session.allocate(keys, soon())
+    assert len(grant.tickets) == 8
+    assert len(grant.states) == len(keys)
+    assert grant.states[8 * KEYS_PER_MESSAGE_MAX :] == RETRY * KEYS_PER_MESSAGE_MAX
+    assert sorted(joined.session._writes) == [ticket.number for ticket in grant.tickets]
+
+
+def test_nothing_is_asked_behind_a_gap_or_a_refusal(joined: Joined) -> None:
+    keys = many(9 * KEYS_PER_MESSAGE_MAX)
+    grant = joined.session.lease(keys, soon())
+    assert grant.states == NEVER * len(keys)
+    assert len(joined.daemon.got(Lease)) == 8
+    joined.daemon.on[Allocate] = lambda a: Allocated(
+        a.call, bytes([AllocateState.NO_ROOM]) * len(unpack_keys(a.keys)), Slots([], [], []), 1
+    )
+    refused = joined.session.allocate(keys, soon())
+    assert refused.states == bytes([AllocateState.NO_ROOM]) * len(keys)
+    assert len(joined.daemon.got(Allocate)) == 8
+
+
+def test_an_interrupted_allocation_leaves_nothing_open(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cachesvc.client.session.allocated", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            joined.session.allocate(run(b"a"), soon())
+    assert joined.session.idle()
+    assert [abort.tickets for abort in joined.told(Abort)] == [[1]]

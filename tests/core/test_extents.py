@@ -8,13 +8,11 @@ import pytest
 
 from cachesvc.core import events as ev
 from cachesvc.core.extents import MOVE_PATIENCE_S, MOVE_REST_S, PRESSURE_S, RETRY_MAKING_S
-from cachesvc.core.quota import TenantQuota
 from cachesvc.core.slots import REUSE_DELAY_S
 from cachesvc.types import AllocateState, KeyState, Priority
 from tests.support.nodes import (
     CALL,
     CHUNK,
-    EXTENT,
     NEW,
     NO_ROOM,
     OTHER,
@@ -405,128 +403,6 @@ def test_a_class_that_got_an_extent_gives_none_away_for_a_while() -> None:
     d.store(1, keys(4, 50))
     d.after(0.0)
     assert sizes(d) == {CHUNK: 2, LARGE: 2}
-
-
-# --- tenants ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_guaranteed_minimum_is_kept_free() -> None:
-    d = Driven(4, TenantQuota("t"), TenantQuota("u", 2 * EXTENT))
-    d.hello(1)
-    assert d.store(1, keys(PER - 1)) == [NEW] * (PER - 1)
-    assert d.store(1, keys(PER + 1, 100)) == [NEW] * (PER + 1)
-    assert d.store(1, keys(1, 200)) == [NEW], "evicts its own, two spares belong to u"
-    assert (sizes(d), len(d.node.extents.spares)) == ({CHUNK: 2}, 2)
-
-
-def test_spares_kept_for_others_do_not_stop_moves() -> None:
-    d = Driven(4, TenantQuota("t"), TenantQuota("u", 2 * EXTENT))
-    d.hello(1)
-    d.store(1, keys(PER - 1))
-    d.store(1, keys(PER + 1, 100))
-    second(d)
-    assert sizes(d) == {CHUNK: 1, LARGE: 1}
-    assert len(d.node.extents.spares) == 2
-
-
-def test_a_tenant_stays_below_its_maximum() -> None:
-    d = Driven(4, TenantQuota("t", 0, 2 * EXTENT))
-    d.hello(1)
-    for i in range(10):
-        d.store(1, keys(4, 4 * i))
-    assert (sizes(d), len(d.node.extents.spares)) == ({CHUNK: 2}, 2)
-    second(d)
-    assert sizes(d) == {CHUNK: 1, LARGE: 1}, "what one class has too much the other gets"
-
-
-def test_across_tenants_bytes_are_free_when_all_have_unmapped() -> None:
-    d = Driven(2, TenantQuota("t"), TenantQuota("u", EXTENT), auto=False)
-    d.node.quotas._min["u"] = 0  # t took all of it before u was guaranteed anything
-    d.hello(1)
-    d.finish_all()
-    d.store(1, keys(PER))
-    d.finish_all()
-    d.store(1, keys(PER, PER))
-    d.node.quotas._min["u"] = 1
-    taken = d.extents()[0].number
-    for process in (10, 11):
-        d.do(ev.ExtentsMapped(process, (taken, d.extents()[1].number)))
-    d.hello(2, tenant="u", session=OTHER)
-    assert d.jobs == [ev.DropExtent(taken)], "never the bytes of one tenant to another"
-    d.finish()
-    assert d.node.snapshot(None, d.now)["arena"]["extents"]["retiring"] == 1
-    d.do(ev.ExtentsUnmapped(10, (taken,)))
-    d.after(1.0)
-    assert d.jobs == []
-    d.do(ev.ProcessDied(11))
-    (job,) = d.jobs
-    assert isinstance(job, ev.MakeSpare)
-    d.finish_all()
-    assert d.store(2, keys(1)) == [NEW]
-    d.after(60.0)
-    assert sizes(d) == {CHUNK: 1}
-
-
-def test_unmapping_before_the_files_are_gone() -> None:
-    d = two_classes(2)
-    number = d.extents()[0].number
-    d.do(ev.ExtentsMapped(10, (number,)))
-    d.auto = False
-    d.do(ev.ExtentDamaged(number, "truncated"))
-    d.do(ev.ExtentsUnmapped(10, (number,)))
-    d.finish()
-    assert not d.node.extents.retiring
-    assert [job for job in d.jobs if isinstance(job, ev.MakeSpare)]
-
-
-def test_bytes_are_followed_through_new_names() -> None:
-    """An extent moves twice inside its tenant; who mapped the first or the second name holds the bytes of the third."""
-    d = two_classes(2)
-    names = [d.extents()[0].number]
-    d.do(ev.ExtentsMapped(10, (names[0],)))
-    second(d)
-    names.append(d.extents("t", LARGE)[0].number)
-    d.do(ev.ExtentsMapped(20, (names[1],)))
-    d.do(ev.ConnectionLost(2))
-    d.store(1, keys(PER, 900))
-    d.after(20.0)
-    d.store(1, keys(PER, 950))
-    d.after(0.25)
-    assert sizes(d) == {CHUNK: 2, LARGE: 0}
-    (name,) = {e.number for e in d.extents()} & {d.node.extents._next - 1}
-    names.append(name)
-    d.do(ev.ExtentsMapped(10, (names[2],)))
-    d.do(ev.ExtentDamaged(names[2], "truncated"))
-    assert list(d.node.extents.retiring) == [names[2]]
-    d.do(ev.ExtentsUnmapped(10, (names[2],)))
-    d.do(ev.ExtentsUnmapped(20, (names[1],)))
-    d.do(ev.ExtentsUnmapped(20, (names[1], 77)))
-    assert list(d.node.extents.retiring) == [names[2]], "10 still maps it under its first name"
-    d.do(ev.ExtentsUnmapped(10, (names[0],)))
-    assert not d.node.extents.retiring
-    assert not d.node.extents._renamed
-    assert not d.node.extents.mapped
-
-
-def test_a_guaranteed_tenant_gets_its_share_back() -> None:
-    d = Driven(3, TenantQuota("t"), TenantQuota("u", 2 * EXTENT))
-    d.node.quotas._min["u"] = 0
-    d.hello(1)
-    d.store(1, keys(3 * PER - 3))
-    for i in range(10):
-        d.store(1, keys(3, 100 + 3 * i))
-    assert sizes(d) == {CHUNK: 3}
-    d.node.quotas._min["u"] = 2
-    d.hello(2, tenant="u", session=OTHER)
-    d.store(2, keys(PER))
-    d.store(2, keys(1, 500))
-    d.after(0.25)
-    assert len(d.extents("u")) == 2
-    assert sizes(d) == {CHUNK: 1}
-    for i in range(30):
-        d.store(2, keys(1, 600 + i))
-        d.after(0.25)
-    assert sizes(d) == {CHUNK: 1}, "a connected class keeps its last"
 
 
 # --- damage and shrinking ---------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from cachesvc.core import events as ev
 from cachesvc.core import index as index_module
-from cachesvc.core.index import Counts, Index, Namespace
+from cachesvc.core.index import Counts, Index, Namespace, component_bytes
 from cachesvc.core.slots import SlabClass
 from cachesvc.types import KeyState
 from tests.support.nodes import CHUNK, OTHER, PER, SPACE, Driven, keys
@@ -105,6 +106,23 @@ def test_room_is_made_by_forgetting_the_idle(monkeypatch: pytest.MonkeyPatch) ->
     again = index.declare(idle.record, [slab()])
     again.spaces[0].sealed[b"key"] = 0
     assert not index.room("t"), "one is open, one has chunks"
+
+
+def test_room_for_components_is_made_by_forgetting_the_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "COMPONENT_BYTES_PER_TENANT_MAX", 100)
+    index = Index()
+    kept = declared(index, b"a")
+    record = replace(kept.record, namespace=b"b".ljust(16), label="b", components={"\u00e9": "x" * 58})
+    idle = index.declare(record, [slab()])
+    kept.sessions = 1
+    assert (kept.component_bytes, idle.component_bytes) == (component_bytes(kept.record.components), 60)
+    assert index.room("t", 40 - kept.component_bytes)
+    assert index.find("t", record.namespace) is idle
+    assert index.room("u", 100)
+    assert not index.room("u", 101)
+    assert index.room("t", 41)
+    assert index.find("t", record.namespace) is None
+    assert not index.room("t", 101)
 
 
 def test_a_namespace_is_idle_without_sessions_and_chunks() -> None:

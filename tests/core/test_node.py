@@ -140,13 +140,48 @@ def test_namespaces_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     d.hello(1, session=b"a" * 16, namespace=b"a" * 16)
     d.hello(2, session=b"b" * 16, namespace=b"b" * 16)
     third = dataclasses.replace(HELLO, connection=3, process=30, session=b"c" * 16, namespace=b"c" * 16)
-    assert d.refused(third) == ("limit", "tenant 't' has its most namespaces, all of them in use")
+    kind, detail = d.refused(third)
+    assert (kind, detail.startswith("tenant 't' has its most namespaces")) == ("limit", True)
     assert of(ev.Welcome, d.hello(4, session=b"d" * 16, namespace=b"d" * 16, tenant="u") + d.log)
     d.store(1, keys(1))
     d.do(ev.ConnectionLost(1))
-    assert d.refused(third)[0] == "limit", "one with chunks isn't forgotten"
     d.do(ev.ConnectionLost(2))
     assert {r.namespace[:1] for r in only(ev.SaveNamespaces, d.do(third)).records} == {b"a", b"c", b"d"}
+
+
+def test_chunks_of_a_namespace_that_nobody_has_open_make_room_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "NAMESPACES_PER_TENANT_MAX", 2)
+    d = Driven(4)
+    for connection, name in ((1, b"a"), (2, b"b"), (3, b"a")):
+        d.hello(connection, session=name * 8 + bytes(8 + connection), namespace=name * 16)
+        d.store(connection, keys(3))
+        d.do(ev.ConnectionLost(connection))
+    out = d.hello(4, namespace=b"c" * 16)
+    assert len(only(ev.MarkFree, out).slots) == 3
+    assert [r.namespace[:1] for r in only(ev.SaveNamespaces, out).records] == [b"a", b"c"], "a was opened later than b"
+    counts = d.node.index.totals("t")
+    assert (counts.stores, counts.evictions) == (6, 3)
+    d.store(4, keys(1))
+    again = dataclasses.replace(HELLO, connection=5, process=50, session=b"5" * 16, namespace=b"b" * 16)
+    d.do(again)
+    assert d.resident(keys(3), 5) == []
+    d.hello(6, session=b"6" * 16, namespace=b"c" * 16)
+    assert d.resident(keys(1), 6) == keys(1)
+
+
+def test_chunks_that_somebody_may_still_read_make_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "NAMESPACES_PER_TENANT_MAX", 1)
+    d = Driven(4)
+    d.hello(1)
+    d.store(1, keys(3))
+    d.lease(1, 5, keys(1))
+    d.do(ev.ConnectionLost(1))
+    second = dataclasses.replace(HELLO, connection=2, process=20, session=OTHER, namespace=b"b" * 16)
+    assert d.refused(second)[0] == "limit", "process 10 lives and reads"
+    d = d.restarted()
+    assert d.refused(second)[0] == "limit", "it may come back and name what it reads"
+    d.after(10.0)
+    assert of(ev.Welcome, d.do(second))
 
 
 def test_slot_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

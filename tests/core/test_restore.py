@@ -267,7 +267,7 @@ def test_leases_are_kept_if_named_in_time() -> None:
     d = d.restarted()
     d.now += GRACE_S - 0.1
     out = d.hello(2, leases=[ev.LeaseClaim(5, held), ev.LeaseClaim(5, held)])
-    assert only(ev.Welcome, out).leases_kept == (5, 5)
+    assert only(ev.Welcome, out).leases_kept == (5,)
     d.after(GRACE_S)
     d.hello(3, session=OTHER)
     assert d.store(3, keys(1, 50)) == [5], "NO_ROOM: all of it is read"
@@ -466,3 +466,25 @@ def test_columns_may_say_anything_of_slots_that_are_not_sealed() -> None:
     got = d.allocate(1, 1, keys(PER // 2))
     assert got.slots.generations == tuple((1 << 50) + i for i in range(0, PER, 2))
     assert d.do(ev.Allocate(1, CALL, 2, 0, keys(1, 90), 0, Priority.INTERACTIVE))[-1].states == bytes([RETRY])  # type: ignore[union-attr]
+
+
+def test_what_a_hello_had_no_room_for_is_claimed_after_it() -> None:
+    d = Driven(1)
+    d.hello(1)
+    d.store(1, keys(2, 10))
+    run = d.allocate(1, 5, keys(2)).slots
+    held = d.lease(1, 6, keys(2, 10)).slots
+    d = d.restarted()
+    out = d.hello(2, open_writes=(5,), open_leases=(6,))
+    assert only(ev.Welcome, out) == ev.Welcome(2, CALL, (), ()), "a new daemon knows no numbers"
+    claim = ev.Claim(2, CALL, (ev.WriteClaim(5, 0, tuple(keys(2)), run),), (ev.LeaseClaim(6, held),))
+    assert only(ev.Claimed, d.do(claim)) == ev.Claimed(2, CALL, (5,), (6,))
+    d.after(2 * QUARANTINE_S)
+    assert d.seal(2, 5, 2), "time doesn't free what was claimed"
+    assert only(ev.Claimed, d.do(claim)) == ev.Claimed(2, CALL, (), (6,)), "and not twice"
+
+
+def test_only_the_scheduler_claims() -> None:
+    d = Driven(1)
+    d.hello(1, role=Role.WORKER)
+    assert d.refused(ev.Claim(1, CALL, (), ()))[0] == "protocol"

@@ -9,7 +9,7 @@ from cachesvc.core import sessions
 from cachesvc.core.sessions import Request, Session
 from cachesvc.core.slots import SlabClass
 from cachesvc.types import KeyState, Role
-from tests.support.nodes import NEW, NO_ROOM, OTHER, PER, RAM, Driven, keys, of, only
+from tests.support.nodes import CALL, NEW, NO_ROOM, OTHER, PER, RAM, Driven, keys, of, only
 
 QUARANTINE_S = 600.0
 
@@ -117,16 +117,153 @@ def test_what_it_does_not_name_it_writes_no_more() -> None:
     assert (freed(out), only(ev.Welcome, out).writes_kept) == (2, ())
 
 
-def test_a_worker_that_comes_back_says_so_too() -> None:
+def test_a_worker_that_comes_back_ends_nothing_by_what_it_leaves_out() -> None:
+    """A job that it has yet to begin isn't in its Hello."""
     d = engine(1)
     got = d.allocate(1, 5, keys(1))
     d.allocate(1, 6, keys(1, 1))
     d.do(ev.ProcessDied(10))
     d.do(ev.ConnectionLost(2))
     out = d.hello(4, process=20, role=Role.WORKER, writes=[write_claim(got, 5, keys(1))])
-    assert freed(out) == 1, "6"
+    assert freed(out) == 0
     assert only(ev.Welcome, out).writes_kept == (), "only a scheduler owns"
     assert freed(d.do(ev.Done(4, (5,)))) == 1
+    assert freed(d.do(ev.Done(4, (6,)))) == 1
+
+
+def test_a_worker_that_comes_while_the_scheduler_is_away_is_waited_for() -> None:
+    d = engine(0)
+    d.allocate(1, 5, keys(1))
+    d.do(ev.ConnectionLost(1))
+    d.hello(4, role=Role.WORKER)
+    assert freed(d.do(ev.ProcessDied(10))) == 0, "its job may have reached it before the scheduler died"
+    assert freed(d.do(ev.ProcessDied(40))) == 1
+
+
+def test_a_ticket_named_by_its_number_is_owned_again() -> None:
+    """What doesn't fit into a Hello is named all the same: nothing that is still written is ever left out."""
+    d = engine(0)
+    d.allocate(1, 5, keys(2))
+    d.allocate(1, 6, keys(1, 2))
+    d.store(1, keys(2, 10))
+    held = d.lease(1, 7, keys(1, 10)).slots
+    d.lease(1, 8, keys(1, 11))
+    d.do(ev.ConnectionLost(1))
+    out = d.hello(4, process=10, open_writes=(5, 99), open_leases=(7, 98))
+    assert only(ev.Welcome, out) == ev.Welcome(4, CALL, (5,), (7,))
+    assert freed(out) == 1, "6"
+    assert d.slab().tainted != set(), "8"
+    assert d.seal(4, 5, 2)
+    d.do(ev.Release(4, (7,)))
+    assert list(d.slab().leases)[held.slots[0]] == 0
+
+
+def test_scheduler_and_worker_in_one_process_speak_for_themselves() -> None:
+    """As in vLLM: the worker's connection comes back first and names nothing, for its job is still queued."""
+    d = Driven(2)
+    d.hello(1, 10, member=b"s")
+    d.hello(2, 10, role=Role.WORKER, member=b"w")
+    got = d.allocate(1, 5, keys(2))
+    d.do(ev.ConnectionLost(1))
+    d.do(ev.ConnectionLost(2))
+    assert freed(d.hello(3, 10, role=Role.WORKER, member=b"w")) == 0
+    assert freed(d.do(ev.Done(3, (5,)))) == 0, "the scheduler may write, too"
+    out = d.hello(4, 10, member=b"s", writes=[write_claim(got, 5, keys(2))])
+    assert only(ev.Welcome, out).writes_kept == (5,)
+    d.do(ev.ConnectionLost(4))
+    assert freed(d.do(ev.ProcessDied(10))) == 2
+
+
+# --- one session id, two schedulers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(("process", "member"), [(20, b""), (10, b"another")])
+def test_a_scheduler_frees_nothing_of_the_one_before_it(process: int, member: bytes, cut: bool) -> None:
+    """The first lives and writes on, knowing nothing: in another process, or in the same one."""
+    d = engine(0)
+    d.store(1, keys(2, 10))
+    got = d.allocate(1, 5, keys(2))
+    held = d.lease(1, 6, keys(2, 10)).slots
+    if cut:
+        d.do(ev.ConnectionLost(1))
+    out = d.hello(2, process, member=member)
+    assert only(ev.Welcome, out) == ev.Welcome(2, CALL, (), ())
+    assert freed(out) == 0
+    assert (quarantined(d), list(d.slab().leases)[held.slots[0]]) == (2, 1)
+    assert not d.seal(2, 5, 2), "it isn't its ticket"
+    d.do(ev.Abort(2, (5,)))
+    d.do(ev.Release(2, (6,)))
+    assert (quarantined(d), list(d.slab().leases)[held.slots[0]]) == (2, 1)
+    d.do(ev.ConnectionLost(1))
+    back = d.hello(3, 10, open_writes=(5,), open_leases=(6,))
+    assert only(ev.Refused, back).kind == "session", "of two only the last that came is served"
+    assert freed(back) == 0
+    assert d.lookup(2, keys(1, 10)) == [RAM], "the other is served on"
+    assert got.slots
+    out = d.hello(4, 10, open_writes=(5,))
+    assert list(d.slab().leases)[held.slots[0]] == 0, "it says that it has released it"
+    assert freed(out) == 0
+    assert freed(d.hello(5, 10)) == 2, "and settled that"
+    assert only(ev.Welcome, d.hello(6, process, member=member)).writes_kept == ()
+
+
+def test_what_a_scheduler_left_is_free_when_it_is_dead() -> None:
+    d = engine(1)
+    d.store(1, keys(2, 10))
+    d.allocate(1, 5, keys(2))
+    d.lease(1, 6, keys(2, 10))
+    d.hello(4)
+    assert freed(d.do(ev.ProcessDied(10))) == 0, "a worker lives"
+    assert sum(d.slab().leases) == 2
+    assert freed(d.do(ev.ProcessDied(20))) == 2
+    assert sum(d.slab().leases) == 0
+    assert d.lookup(4, keys(2, 10)) == [RAM] * 2
+
+
+def test_a_past_scheduler_is_not_waited_for_by_later_ones() -> None:
+    d = engine(0)
+    d.hello(2)
+    d.allocate(2, 5, keys(2))
+    d.do(ev.ConnectionLost(2))
+    assert freed(d.do(ev.ProcessDied(20))) == 2, "process 10 lives and knows nothing of it"
+
+
+def test_a_past_scheduler_does_not_take_the_session_from_a_new_daemon() -> None:
+    """It was told so by the daemon before; it claims what it still writes all the same."""
+    d = engine(0)
+    got = d.allocate(1, 5, keys(2))
+    d.hello(2)
+    d = d.restarted()
+    claim = write_claim(got, 5, keys(2))
+    assert only(ev.Refused, d.hello(1, writes=[claim], over=True)).kind == "session"
+    assert only(ev.Welcome, d.hello(2)).writes_kept == ()
+    d.after(2 * QUARANTINE_S)
+    assert quarantined(d) == 2, "time doesn't free what was claimed"
+    assert freed(d.hello(3, 10, over=True)) == 2
+
+
+def test_schedulers_of_one_process_in_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "PAST_MAX", 3)
+    d = Driven(1)
+    for n in range(1, 9):
+        d.hello(n, 10, member=b"%d" % n)
+    session: Session = d.node.sessions.by_connection[8]
+    assert [name for _, name in session.members] == [b"8"]
+    assert len(session.past) == 3
+
+
+def test_a_past_scheduler_without_a_pidfd() -> None:
+    d = Driven(1)
+    d.hello(1, None, member=b"a")
+    d.store(1, keys(2))
+    d.lease(1, 5, keys(2))
+    d.allocate(1, 6, keys(1, 9))
+    d.hello(2, None, member=b"b")
+    assert sum(d.slab().leases) == 0, "its readers notice"
+    assert only(ev.Refused, d.hello(3, None, member=b"a", open_writes=(6,), open_leases=(5,))).kind == "session"
+    assert quarantined(d) == 1
+    assert freed(d.after(QUARANTINE_S + 1.0)) == 1
 
 
 @pytest.mark.parametrize("change", ["slots", "generations", "extents", "ticket"])

@@ -247,14 +247,14 @@ def test_a_pending_chunk_ends_the_run() -> None:
 
 
 def test_a_chunk_may_go_after_its_last_lease() -> None:
+    """Half of the slots are read by two, half are being written."""
     d = one_extent()
-    d.store(1, keys(PER))
+    half, quarter = PER // 2, PER // 4
+    d.store(1, keys(half))
     d.hello(2, session=OTHER)
-    d.hello(3, session=OTHER[::-1])
-    half = PER // 2
-    d.lease(1, 1, keys(half))
-    d.lease(2, 1, keys(half))
-    d.lease(3, 1, keys(half, half))
+    for connection in (1, 2):
+        d.lease(connection, 1, keys(half))
+        d.allocate(connection, 2, keys(quarter, 100 * connection))
     for connection, state in ((1, NO_ROOM), (2, NEW)):
         d.do(ev.Release(connection, (1,)))
         assert d.store(1, keys(1, 50)) == [state]
@@ -307,6 +307,57 @@ def test_half_in_leases_and_half_in_writing_are_not_everything() -> None:
     assert d.store(2, keys(quarter, PER)) == [NEW] * quarter
     d.do(ev.Release(1, (5,)))
     assert list(d.allocate(1, 7, keys(half, 2 * PER)).states) == [NEW] * quarter + [RETRY] * quarter
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("reading", [False, True])
+def test_however_many_are_wedged_something_stays_for_the_next(count: int, reading: bool) -> None:
+    """Each takes all that it is given, one after another; two took everything when each might have its half."""
+    d = Driven(8)
+    d.hello(1)
+    for each in range(2, count + 2):
+        d.hello(each, session=bytes([each]) * 16)
+    slots = 8 * PER
+    for first in range(0, slots, PER):
+        d.store(1, keys(PER, first))
+    held = []
+    for each in range(2, count + 2):
+        if reading:
+            for first in range(0, slots, PER):
+                d.store(each, keys(PER, 1000 * each + first))
+            held.append(len(d.lease(each, 5, keys(slots, 1000 * each), prefix=False).slots))
+        else:
+            held.append(len(d.allocate(each, 5, keys(slots, 1000 * each)).slots))
+    assert held[:3] == [slots // 2, slots // 4, slots // 8][:count]
+    left = slots - sum(held)
+    assert left >= 2
+    assert d.store(1, keys(1)) == [NEW]
+    assert list(d.allocate(1, 9, keys(slots, 9000)).states).count(NEW) == left // 2
+
+
+def test_two_with_bursts_have_half_of_the_class_each() -> None:
+    d = Driven(4)
+    d.hello(1)
+    d.hello(2, session=OTHER)
+    for first in range(0, 4 * PER, PER):
+        d.store(1, keys(PER, first))
+    for each in (1, 2):
+        assert list(d.allocate(each, 5, keys(2 * PER, 1000 * each)).states) == [NEW] * (2 * PER)
+
+
+def test_many_may_read_the_same() -> None:
+    """A prefix that all share takes from nobody what the first of them doesn't take already."""
+    d = Driven(2)
+    for each in range(1, 6):
+        d.hello(each, session=bytes([each]) * 16)
+    half = PER
+    for first in range(0, half, 2):
+        d.store(1, keys(2, first))
+    for each in range(1, 6):
+        assert list(d.lease(each, 5, keys(half)).states) == [RAM] * half
+    d.store(1, keys(half // 2, 100))
+    got = d.lease(1, 6, [*keys(half), *keys(half // 2, 100)], prefix=False)
+    assert list(got.states) == [RAM] * half + [FULL] * (half // 2), "its own half is full"
 
 
 def test_caps_name_the_keys_beyond_them() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cachesvc.arena.host import HostArena
+from cachesvc.arena.preflight import filesystem
 from cachesvc.config import load
 from cachesvc.daemon import app
 from cachesvc.daemon.app import allow_descriptors, make_node
@@ -219,6 +220,35 @@ def test_another_daemon_on_the_socket(daemon: Daemon, tmp_path: Path) -> None:
 def test_an_arena_that_others_may_write(daemon: Daemon, arena: Path) -> None:
     arena.chmod(0o777)
     assert "is open to other users" in refused(daemon)
+
+
+def test_an_arena_on_a_disk(daemon: Daemon, tmp_path: Path) -> None:
+    if filesystem(tmp_path) in (None, "tmpfs"):
+        pytest.skip("temporary files lie in memory here")
+    daemon.settings["arena_dir"] = str(tmp_path / "arena")
+    line = refused(daemon)
+    assert f"arena_dir {tmp_path / 'arena'} lies on {filesystem(tmp_path)}, not in memory" in line
+
+
+def test_shares_that_do_not_fit_the_extents_that_are_there(daemon: Daemon) -> None:
+    daemon.settings |= {"ram_bytes": "256MiB", "extent_bytes": "64MiB"}
+    daemon.start()
+    daemon.stop()
+    del daemon.settings["extent_bytes"]
+    daemon.settings["tenants"] = [{"name": name, "min_bytes": "80MiB"} for name in "abc"]
+    assert "the arena was made with extents of 64MiB" in refused(daemon)
+    daemon.settings["extent_bytes"] = "16MiB"
+    daemon.start()
+
+
+def test_namespaces_that_no_daemon_writes(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start()
+    daemon.stop()
+    record = {"tenant": "default", "namespace": "00" * 16, "label": "x", "components": {}, "chunk_bytes": [0]}
+    (tmp_path / "state" / "namespaces.json").write_text(json.dumps({"format": 1, "namespaces": [record]}))
+    daemon.start()
+    assert "namespaces.json can't be read: " in daemon.log
+    assert "its chunks are dropped" in daemon.log
 
 
 def test_a_run_dir_that_is_a_file(daemon: Daemon, tmp_path: Path) -> None:

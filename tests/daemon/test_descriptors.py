@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import resource
+from itertools import count
 
 import pytest
 
 from cachesvc.core import events as ev
 from cachesvc.daemon import descriptors as module
+from cachesvc.daemon import server as server_module
+from cachesvc.daemon import shares
 from cachesvc.daemon.server import Server
 from cachesvc.wire.framing import PREFACE_DESCRIPTORS, encode, preface
 from cachesvc.wire.messages import (
@@ -98,8 +103,9 @@ def test_many_extents_come_in_several_messages(monkeypatch: pytest.MonkeyPatch) 
             with await asyncio.to_thread(Wire, path) as wire:
                 await asyncio.to_thread(wire.hello)
                 keys = pack_keys(0, [bytes([n]) for n in range(EXTENT_BYTES // 4096 + 1)])
+                tickets = count(1)
                 while len(server.runner.node.extents_of("one", {4096})) < 2:
-                    await asyncio.to_thread(wire.call, Allocate(2, os.getrandom(4)[0] + 1, keys))
+                    await asyncio.to_thread(wire.call, Allocate(2, next(tickets), keys))
                 await asyncio.to_thread(client, str(path))
 
     def client(path: str) -> None:
@@ -220,6 +226,104 @@ def test_a_descriptor_with_another_message_is_refused_and_closed() -> None:
             assert "a descriptor came with a message that has none" in reply.detail
             assert os.read(pipe[0], 1) == b""  # nobody holds the other end any more
             os.close(pipe[0])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_descriptors_with_parts_of_a_message_are_not_collected(attached: bool) -> None:
+    """A message that never ends must not take one descriptor after the other from us."""
+
+    async def scenario() -> None:
+        async with served() as (server, path):
+            await asyncio.to_thread(client, str(path))
+            await until(lambda: not server.members)
+
+    def client(path: str) -> None:
+        with DescriptorsWire(path) if attached else DescriptorsWire.bare(path) as files:
+            if attached:
+                files.attach()
+            pipe = os.pipe()
+            files.raw((b"" if attached else preface(PREFACE_DESCRIPTORS)) + b"\x00")
+            with contextlib.suppress(BrokenPipeError):
+                for _ in range(10):
+                    files.raw(b"\x01", [pipe[1]])
+            os.close(pipe[1])
+            reply, _ = files.reply()
+            assert isinstance(reply, Refused)
+            assert ("has none" if attached else "Attach carries one descriptor") in reply.detail
+            assert os.read(pipe[0], 1) == b""  # nobody holds the other end any more
+            os.close(pipe[0])
+
+    asyncio.run(scenario())
+
+
+def test_the_last_descriptors_are_not_for_clients() -> None:
+    async def scenario() -> None:
+        async with served() as (server, path):
+            server._descriptors.files_max = 3
+            await asyncio.to_thread(client, str(path))
+            await until(lambda: not server.members)
+
+    def client(path: str) -> None:
+        with DescriptorsWire(path) as files:
+            reply, _ = files.reply()
+            assert isinstance(reply, Refused)
+            assert "raise its limit (nofile)" in reply.detail
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_needs_no_descriptor() -> None:
+    """Where there is none left, the connection is told and closed all the same."""
+
+    async def scenario() -> None:
+        async with served() as (server, path):
+            with await asyncio.to_thread(DescriptorsWire, str(path)) as files:
+                await asyncio.to_thread(files.attach)
+                limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+                try:
+                    files.raw(b"\xff" * 4)
+                    await until(lambda: not server.members)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                reply, _ = await asyncio.to_thread(files.reply)
+                assert isinstance(reply, Refused)
+
+    asyncio.run(scenario())
+
+
+def test_half_a_message_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRAME_S", 0.05)
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (server, path):
+            with await asyncio.to_thread(DescriptorsWire, str(path)) as files:
+                await asyncio.to_thread(files.attach)
+                files.raw(b"\x09\x00")
+                assert await asyncio.to_thread(files.reply) == (None, [])
+            assert server.runner.counts["silent"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_many_messages_in_one_piece_are_all_answered_but_not_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "TURN_S", 1e-9)
+
+    async def scenario() -> None:
+        async with served() as (_, path):
+            await asyncio.to_thread(client, str(path))
+
+    def client(path: str) -> None:
+        with DescriptorsWire(path) as files:
+            files.attach()
+            files.raw(b"".join(encode(ExtentsWanted(n, [8192], [])) for n in range(50)) + encode(Unmapped([1]))[:3])
+            replies = [files.reply()[0] for _ in range(50)]
+            assert [reply.call for reply in replies if isinstance(reply, ExtentsHeld)] == list(range(50))
+            files.raw(encode(Unmapped([1]))[3:] + encode(ExtentsWanted(50, [8192], [])))
+            assert isinstance(files.reply()[0], ExtentsHeld)
 
     asyncio.run(scenario())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import sys
 from collections import Counter
 
 import pytest
 
-from cachesvc.daemon.edge import guard, last_words, refuse
+from cachesvc.daemon.edge import RESERVED_FILES, files_max, guard, last_words, refuse, tell
 from cachesvc.errors import ProtocolError
 from cachesvc.wire.framing import LENGTH, decode_control_reply
 from cachesvc.wire.messages import Refused
@@ -56,3 +58,17 @@ def test_refuse_does_not_mind_that_nobody_is_there() -> None:
     theirs.close()
     refuse(ours, ProtocolError("no"))
     assert ours.fileno() < 0
+
+
+def test_tell_leaves_it_open() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        tell(ours, ProtocolError("no"))
+        assert theirs.recv(1000) == last_words(ProtocolError("no"))
+        assert ours.fileno() >= 0
+
+
+def test_some_descriptors_are_for_the_daemon_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, most in [(20_000, 20_000 - RESERVED_FILES), (100, 50), (resource.RLIM_INFINITY, sys.maxsize)]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert files_max() == most

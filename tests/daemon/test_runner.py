@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 
 from cachesvc.arena.host import HostArena
 from cachesvc.core import events as ev
+from cachesvc.core import index
 from cachesvc.daemon import namespaces
 from cachesvc.daemon import runner as module
 from cachesvc.daemon.runner import Runner
@@ -153,6 +155,42 @@ def test_an_answer_that_fits_no_frame_is_refused(monkeypatch: pytest.MonkeyPatch
     asyncio.run(scenario())
 
 
+def test_an_answer_that_can_not_fit_is_not_even_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPORT_BYTES_MAX", 5000)
+
+    async def scenario() -> None:
+        async with running() as runner:
+            client = Listener(runner)
+            await client.welcome(components={"c": "x" * 4000})
+            assert isinstance(client.call(wire.Ask(1, "namespaces")), wire.Report)
+            other = Listener(runner)
+            await other.welcome(namespace=b"another-namespac", components={"c": "x" * 4000})
+            monkeypatch.setattr(runner, "report", lambda *_: 1 / 0)
+            reply = client.call(wire.Ask(2, "namespaces"))
+            assert isinstance(reply, wire.Refused)
+            assert (reply.kind, reply.call) == ("limit", 2)
+            assert "over HTTP" in reply.detail
+
+    asyncio.run(scenario())
+
+
+def test_a_tenant_has_so_many_bytes_of_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "COMPONENT_BYTES_PER_TENANT_MAX", 1000)
+
+    async def scenario() -> None:
+        async with running() as runner:
+            first = Listener(runner)
+            await first.welcome(namespace=b"1" * 16, components={"c": "x" * 600})
+            refused = Listener(runner).call(hello(namespace=b"2" * 16, components={"c": "x" * 600}))
+            assert isinstance(refused, wire.Refused)
+            assert refused.kind == "limit"
+            assert "bytes of components" in refused.detail
+            await Listener(runner).welcome(namespace=b"1" * 16, components={"c": "x" * 600})
+            await Listener(runner, "two").welcome(namespace=b"2" * 16, components={"c": "x" * 600})
+
+    asyncio.run(scenario())
+
+
 def test_a_truncated_extent_is_dropped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TICK_S", 0.001)
     monkeypatch.setattr(module, "CHECK_S", 0.0)
@@ -202,21 +240,25 @@ def test_a_spare_that_can_not_be_made_is_tried_again(monkeypatch: pytest.MonkeyP
     asyncio.run(scenario())
 
 
+def state_dir(runner: Runner) -> Path:
+    return runner._register._state_dir
+
+
 def test_a_namespace_is_kept_before_its_session_is_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk whose namespace nobody remembers would be lost by a restart."""
 
     async def scenario() -> None:
         async with running() as runner:
             listener = Listener(runner)
-            saved: list[int] = []
-            monkeypatch.setattr(namespaces, "save", lambda _dir, records: saved.append(len(records)))
-            listener.say(hello())
-            assert saved == [1]
+            listener.say(hello(label="new"))
+            kept = namespaces.load(state_dir(runner))
+            assert [record.label for record in kept] == ["new"]
+            assert not listener.replies
 
             def full(*_: Any) -> None:
                 raise OSError(28, "No space left on device")
 
-            monkeypatch.setattr(namespaces, "save", full)
+            monkeypatch.setattr(namespaces.Register, "keep", full)
             await Listener(runner).welcome(session=b"another-session-", namespace=b"another-namespac")
             assert runner.counts["io_failed"] == 1, "the daemon goes on, and operators see it"
 

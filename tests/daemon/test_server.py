@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachesvc.daemon import server
+from cachesvc.daemon import server, shares
+from cachesvc.daemon.runner import Connection
 from cachesvc.daemon.server import open_door
 from cachesvc.errors import OperatorError
 from cachesvc.types import AllocateState, KeyState
@@ -37,7 +38,7 @@ from cachesvc.wire.messages import (
     pack_keys,
 )
 from tests.support.daemon import Daemon, Wire, connect, hello, shared_directory, wait_for
-from tests.support.served import served
+from tests.support.served import served, until
 
 
 @pytest.fixture(scope="module")
@@ -242,15 +243,236 @@ def test_silent_connections_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(scenario())
 
 
-def test_too_many_connections_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS_MAX", 2)
+def test_half_a_message_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time begins anew with each message, and isn't given to those who said Hello either."""
+    monkeypatch.setattr(server, "FRAME_S", 0.3)
+    monkeypatch.setattr(server, "SWEEP_S", 0.01)
 
     async def scenario() -> None:
-        async with served() as (_, path):
-            wires = [await asyncio.to_thread(Wire, path) for _ in range(3)]
+        async with served() as (serving, path):
+            with await asyncio.to_thread(Wire, path) as wire:
+                await asyncio.to_thread(wire.hello)
+                ping = encode(Ping(1))
+                for _ in range(8):
+                    wire.raw(ping[:3])
+                    await asyncio.sleep(0.05)
+                    wire.raw(ping[3:])
+                    assert isinstance(await asyncio.to_thread(wire.reply), Pong)
+                assert serving.runner.counts["silent"] == 0
+                wire.raw(ping[:3])
+                assert await asyncio.to_thread(wire.reply) is None
+                assert serving.runner.counts["silent"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_only_who_joins_a_session_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions are answered without Hello, but they keep no place; the admin socket is for questions."""
+    monkeypatch.setattr(server, "GREETING_S", 0.3)
+    monkeypatch.setattr(server, "SWEEP_S", 0.01)
+
+    async def scenario(tenant: str | None) -> None:
+        async with served(tenant) as (serving, path):
+            asking, refused, joined = [await asyncio.to_thread(Wire, path) for _ in range(3)]
+            assert isinstance(await asyncio.to_thread(asking.call, Ping(1)), Pong)
+            assert isinstance(await asyncio.to_thread(asking.call, Ask(1, "status")), Report)
+            if tenant is not None:
+                await asyncio.to_thread(joined.hello)
+                no = await asyncio.to_thread(refused.call, hello(namespace=b"x" * 16, chunk_bytes=[1 << 30]))
+                assert isinstance(no, Refused)
+                assert await asyncio.to_thread(asking.reply) is None
+                assert await asyncio.to_thread(refused.reply) is None
+                assert isinstance(await asyncio.to_thread(joined.call, Ping(2)), Pong)
+                assert serving.runner.counts["silent"] == 2
+            else:
+                assert await asyncio.to_thread(joined.reply) is None
+                assert isinstance(await asyncio.to_thread(asking.call, Ping(2)), Pong)
+            for wire in (asking, refused, joined):
+                wire.close()
+
+    asyncio.run(scenario("one"))
+    asyncio.run(scenario(None))
+
+
+def test_too_many_connections_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant that takes all it can leaves room for the others and for the operator."""
+    monkeypatch.setattr(server, "CONNECTIONS_MAX", server.ADMIN_CONNECTIONS_MAX + 4)
+
+    async def scenario(home: Path) -> None:
+        async with served("one") as (serving, path):
+            doors = [open_door(home / name, 0o600, None, tenant) for name, tenant in (("two", "two"), ("admin", None))]
+            for door in doors:
+                serving.open(door)
+            wires = [await asyncio.to_thread(Wire, path) for _ in range(2)]
             assert isinstance(await asyncio.to_thread(wires[0].call, Ping(1)), Pong)
-            assert "2 connections are open" in await asyncio.to_thread(refusal, wires[2])
+            with await asyncio.to_thread(connect, path) as third:
+                assert b"2 connections are open" in await asyncio.to_thread(third.recv, 1000)
+            assert serving.runner.counts["too_many_connections"] == 1
+            for door in doors:
+                wires.append(await asyncio.to_thread(Wire, door.path))
+                assert isinstance(await asyncio.to_thread(wires[-1].call, Ping(1)), Pong)
+            wires[0].close()
+            await until(lambda: serving.share("one").connections == 1)
+            wires.append(await asyncio.to_thread(Wire, path))
+            assert isinstance(await asyncio.to_thread(wires[-1].call, Ping(1)), Pong)
             for wire in wires:
+                wire.close()
+            await until(lambda: not serving.members)
+            assert [serving.share(name).connections for name in ("one", "two", None)] == [0, 0, 0]
+        for door in doors:
+            door.close()
+
+    with shared_directory() as home:
+        asyncio.run(scenario(home))
+
+
+def test_the_last_descriptors_are_not_for_tenants() -> None:
+    async def scenario(tenant: str | None) -> None:
+        async with served(tenant) as (serving, path):
+            serving._files_max = 3
+            with await asyncio.to_thread(connect, path) as sock:
+                if tenant is None:
+                    sock.sendall(preface(PREFACE_CONTROL) + encode(Ping(1)))
+                answer = await asyncio.to_thread(sock.recv, 1000)
+                assert (b"no file descriptors left" in answer) == (tenant is not None)
+
+    asyncio.run(scenario("one"))
+    asyncio.run(scenario(None))
+
+
+def test_replies_that_nobody_reads_are_counted_over_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that reads least is cut, not the one that comes last."""
+    monkeypatch.setattr(server, "UNREAD_OF_TENANT_BYTES_MAX", 200_000)
+    monkeypatch.setattr(server, "SOCKET_BUFFER_BYTES", 4096)
+    keys = pack_keys(0, [n.to_bytes(4, "little") for n in range(4096)])
+
+    async def scenario() -> None:
+        async with served() as (serving, path):
+            slow, slower = [await asyncio.to_thread(Wire, path) for _ in range(2)]
+            for wire, replies in ((slower, 40), (slow, 20)):
+                await asyncio.to_thread(wire.hello)
+                for n in range(replies):
+                    await asyncio.to_thread(wire.send, Lookup(n, keys))
+            await until(lambda: serving.runner.counts["slow"] == 1)
+            share = serving.share("one")
+            await until(lambda: share.connections == 1)
+            for _ in range(20):
+                assert isinstance(await asyncio.to_thread(slow.reply), Looked)
+            assert isinstance(await asyncio.to_thread(slow.call, Ping(9)), Pong)
+            assert share.unread_bytes == 0
+            while await asyncio.to_thread(slower.reply) is not None:
+                pass
+            slow.close()
+            slower.close()
+
+    asyncio.run(scenario())
+
+
+def test_buffers_of_half_messages_are_counted_over_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GROWN_OF_TENANT_BYTES_MAX", 200_000)
+
+    async def scenario() -> None:
+        async with served() as (serving, path):
+            share = serving.share("one")
+            wires = [await asyncio.to_thread(Wire, path) for _ in range(4)]
+            for wire in wires:
+                await asyncio.to_thread(wire.hello)
+            whole = LENGTH.pack(100_000) + bytes(100_000)
+            await asyncio.to_thread(wires[0].raw, whole[:-1])
+            await until(lambda: share.grown_bytes == 65536)
+            await asyncio.to_thread(
+                wires[1].raw, encode(Lookup(2, pack_keys(0, [b"k" * 30 + b"%d" % n for n in range(2048, 4096)])))
+            )
+            assert isinstance(await asyncio.to_thread(wires[1].reply), Looked)
+            await asyncio.to_thread(wires[2].raw, whole[:-1])
+            await until(lambda: share.grown_bytes == 3 * 65536)
+            await asyncio.to_thread(wires[3].raw, whole[:-1])
+            # what is grown but empty is taken back first, and then it fits
+            await until(lambda: share.grown_bytes == 3 * 65536 and not serving.runner.counts["protocol"])
+            await asyncio.to_thread(wires[1].raw, whole[:-1])
+            assert "half here" in await asyncio.to_thread(refusal, wires[1])
+            await asyncio.to_thread(wires[0].raw, whole[-1:])
+            assert "can't be read" in await asyncio.to_thread(refusal, wires[0])
+            for wire in wires:
+                wire.close()
+            await until(lambda: not serving.members)
+            assert share.grown_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_buffer_that_grew_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SWEEP_S", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (serving, path):
+            with await asyncio.to_thread(Wire, path) as wire:
+                await asyncio.to_thread(wire.hello)
+                large = Lookup(2, pack_keys(0, [b"%064d" % n for n in range(4096)]))
+                assert isinstance(await asyncio.to_thread(wire.call, large), Looked)
+                await until(lambda: serving.share("one").grown_bytes == 0)
+                assert isinstance(await asyncio.to_thread(wire.call, large), Looked)
+
+    asyncio.run(scenario())
+
+
+# --- turns ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_one_connection_sends_in_one_piece_is_not_served_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is answered, in order; others, of this tenant and of another one, are answered in between."""
+    monkeypatch.setattr(shares, "TURN_S", 1e-9)
+
+    async def scenario(home: Path) -> None:
+        async with served() as (serving, path):
+            door = open_door(home / "two", 0o600, None, "two")
+            serving.open(door)
+            greedy, same, other = [await asyncio.to_thread(Wire, place) for place in (path, path, door.path)]
+            for wire in (greedy, same, other):
+                await asyncio.to_thread(wire.hello)
+            served_calls: list[tuple[str | None, int]] = []
+            request = serving.runner.request
+
+            def noting(connection: Connection, payload: memoryview, *, again: bool = False) -> bool:
+                served_calls.append((connection.tenant, connection.number))
+                return request(connection, payload, again=again)
+
+            monkeypatch.setattr(serving.runner, "request", noting)
+            # nobody lets the loop run in between: all of it is there in one turn
+            greedy.raw(b"".join(encode(Ping(n)) for n in range(5000)))
+            same.raw(encode(Ping(1)) * 2)
+            other.raw(encode(Ping(1)) * 2)
+            calls = [(await asyncio.to_thread(greedy.reply)) for _ in range(5000)]
+            assert [call.call for call in calls if isinstance(call, Pong)] == list(range(5000))
+            order = [name for name in served_calls if name != served_calls[0]]
+            assert len(order) == 4
+            last = [n for n, name in enumerate(served_calls) if name != served_calls[0]][-1]
+            assert last < 50, f"the others waited for {last} messages of the greedy one"
+            for wire in (greedy, same, other):
+                wire.close()
+        door.close()
+
+    with shared_directory() as home:
+        asyncio.run(scenario(home))
+
+
+def test_a_lookup_waits_for_a_seal_that_is_on_its_way_and_what_comes_after_it_waits_too() -> None:
+    async def scenario() -> None:
+        async with served() as (_, path):
+            writer, reader = [await asyncio.to_thread(Wire, path) for _ in range(2)]
+            for wire in (writer, reader):
+                await asyncio.to_thread(wire.hello)
+            for n in range(1, 30):
+                keys = pack_keys(0, [b"%d" % n])
+                assert isinstance(await asyncio.to_thread(writer.call, Allocate(1, n, keys)), Allocated)
+                # the reader's message is read first: its socket was written to first
+                reader.send(Lookup(2, keys), Ping(3), Lookup(4, keys))
+                writer.send(Seal(2, n, [4]))
+                replies = [await asyncio.to_thread(reader.reply) for _ in range(3)]
+                assert [type(reply) for reply in replies] == [Looked, Pong, Looked]
+                assert [r.states for r in replies if isinstance(r, Looked)] == [bytes([KeyState.RAM])] * 2
+                assert await asyncio.to_thread(writer.reply) == Sealed(2, True)
+            for wire in (writer, reader):
                 wire.close()
 
     asyncio.run(scenario())
@@ -284,6 +506,18 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     again = open_door(path, 0o660, None, "t")
     connect(path).close()
     again.close()
+    assert not path.exists()
+
+
+def test_a_socket_that_another_daemon_made_is_not_removed(tmp_path: Path) -> None:
+    """It came after somebody had removed ours."""
+    path = tmp_path / "x.sock"
+    door = open_door(path, 0o600, None, None)
+    path.unlink()
+    other = open_door(path, 0o600, None, None)
+    door.close()
+    connect(path).close()
+    other.close()
     assert not path.exists()
 
 

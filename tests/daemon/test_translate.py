@@ -32,6 +32,10 @@ def test_every_request_has_a_way() -> None:
         (wire.Lease(1, 2, BATCH, 5, True, False), ev.Lease(9, 1, 2, 1, KEYS, 5, True, False)),
         (wire.Release([1, 2]), ev.Release(9, (1, 2))),
         (wire.Allocate(1, 2, BATCH, 5, Priority.BATCH), ev.Allocate(9, 1, 2, 1, KEYS, 5, Priority.BATCH)),
+        (
+            wire.Claim(1, [wire.OpenWrite(3, BATCH, SLOTS)], [wire.OpenLease(4, SLOTS)]),
+            ev.Claim(9, 1, (ev.WriteClaim(3, 1, tuple(KEYS), RUN),), (ev.LeaseClaim(4, RUN),)),
+        ),
         (wire.Seal(1, 2, [3, 4]), ev.Seal(9, 1, 2, (3, 4))),
         (wire.Abort([1]), ev.Abort(9, (1,))),
         (wire.Done([]), ev.Done(9, ())),
@@ -49,6 +53,10 @@ def test_hello_takes_tenant_and_process_from_elsewhere() -> None:
         leases=[wire.OpenLease(4, SLOTS)],
         chunk_bytes=[4096, 8192],
         role=Role.WORKER,
+        member=b"m",
+        open_writes=[5],
+        open_leases=[6],
+        over=True,
     )
     assert hello_event(message, 9, "tenant", 77) == ev.Hello(
         connection=9,
@@ -63,7 +71,19 @@ def test_hello_takes_tenant_and_process_from_elsewhere() -> None:
         chunk_bytes=(4096, 8192),
         writes=(ev.WriteClaim(3, 1, tuple(KEYS), RUN),),
         leases=(ev.LeaseClaim(4, RUN),),
+        member=b"m",
+        open_writes=(5,),
+        open_leases=(6,),
+        over=True,
     )
+
+
+@pytest.mark.parametrize(("arena", "claims"), [(b"", 1), (b"ours", 1), (b"another", 0)])
+def test_slots_of_another_arena_are_not_claimed(arena: bytes, claims: int) -> None:
+    """An extent of the same number is there, and somebody else may write it."""
+    message = hello(writes=[wire.OpenWrite(3, BATCH, SLOTS)], leases=[wire.OpenLease(4, SLOTS)], arena=arena)
+    event = hello_event(message, 9, "tenant", 77, b"ours")
+    assert (len(event.writes), len(event.leases)) == (claims, claims)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +91,7 @@ def test_hello_takes_tenant_and_process_from_elsewhere() -> None:
     [
         ({"chunk_bytes": [1 << 40]}, "a chunk of 1099511627776 bytes"),
         ({"components": {"x" * 5000: ""}}, "longer than 4096 characters"),
+        ({"components": {str(n): "\u00e9" * 2000 for n in range(5)}}, "components of 20005 bytes, allowed are 16384"),
         ({"writes": [wire.OpenWrite(3, pack_keys(0, [b"a"]), SLOTS)]}, "claims 2 slots for 1 keys"),
         ({"writes": [wire.OpenWrite(3, wire.KeyBatch(64, 1, b"ab"), SLOTS)]}, "KV group 64"),
     ],
@@ -105,6 +126,7 @@ def test_too_many_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     ("effect", "message"),
     [
         (ev.Welcome(9, 1, (2,), (3,)), wire.Welcome(1, b"u", [2], [3], 6)),
+        (ev.Claimed(9, 1, (2,), (3,)), wire.Claimed(1, [2], [3])),
         (ev.Looked(9, 1, b"\x01"), wire.Looked(1, b"\x01", 6)),
         (ev.Leased(9, 1, b"\x01\x01", RUN, (4, 5)), wire.Leased(1, b"\x01\x01", SLOTS, [4, 5], 6)),
         (ev.Allocated(9, 1, b"\x01\x01", RUN), wire.Allocated(1, b"\x01\x01", SLOTS, 6)),

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_an_arena_of_another_boot_under_clients(daemon: Daemon, clients: Clients
     assert client.do("write", keys=keys) == keys
     assert client.do("read", keys=keys) == 4
     wait_for(lambda: client.do("status")["extents_mapped"] == 1)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("lost", ["extent_bytes", "state"])
+def test_a_cold_start_under_clients_that_map_most_of_the_mount(tmp_path: Path, lost: str) -> None:
+    """What they map comes back when they hear from the new daemon, so it must start; it grows as they let go."""
+    with small_mount(20 * MIB) as mount, Clients() as clients:
+        daemon = Daemon(tmp_path, mount / "arena", ram_bytes="12MiB", extent_bytes="1MiB")
+        with daemon:
+            client = clients.open(daemon.socket())
+
+            def full() -> bool:
+                client.do("write", keys=names(f"k-{time.monotonic_ns()}", range(8)))
+                return bool(daemon.slab()["slots"] == 192)
+
+            wait_for(full)
+            wait_for(lambda: client.do("status")["extents_mapped"] == 12)
+            daemon.stop()
+            if lost == "state":
+                (tmp_path / "state" / "arena.json").unlink()
+            else:
+                daemon.settings["extent_bytes"] = "512KiB"
+            daemon.start()
+            assert daemon.log.count("cold start: ") == 1
+            client.do("until_up")
+            wait_for(full)
+            assert client.do("write", keys=names("new", range(8))) == names("new", range(8))
 
 
 def test_a_smaller_arena_after_a_restart(daemon: Daemon, clients: Clients) -> None:

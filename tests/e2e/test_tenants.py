@@ -193,6 +193,103 @@ def test_bytes_never_move_to_another_tenant(tmp_path: Path, arena: Path, clients
             each.close()
 
 
+# --- memory that goes from one tenant to another ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(daemon: Daemon) -> Daemon:
+    """Of two tenants to whom nothing is guaranteed."""
+    daemon.stop()
+    daemon.settings["tenants"] = [{"name": "first"}, {"name": "second"}]
+    daemon.start()
+    return daemon
+
+
+def slots(daemon: Daemon, tenant: str) -> int:
+    return sum(slab["slots"] for slab in daemon.tenant(tenant)["classes"])
+
+
+def fill(client: ClientProcess, daemon: Daemon, tenant: str, at_least: int) -> None:
+    """Store until the tenant has so many slots."""
+
+    def enough() -> bool:
+        client.do("write", keys=names(f"fill-{time.monotonic_ns()}", range(8)))
+        return slots(daemon, tenant) >= at_least
+
+    wait_for(enough)
+
+
+def going(daemon: Daemon) -> int:
+    """Extents that were taken from a tenant whose clients map them still."""
+    return int(daemon.status()["arena"]["extents"]["retiring"])
+
+
+def test_a_client_that_closed_gives_back_what_it_mapped(shared: Daemon, clients: Clients) -> None:
+    """Its process lives on; the arena isn't lost to both tenants."""
+    first = clients.open(shared.socket("first"))
+    fill(first, shared, "first", 128)
+    first.do("close")
+    second = clients.open(shared.socket("second"), ready_s=0)
+    fill(second, shared, "second", 128)
+    assert going(shared) == 0
+    assert first.process.poll() is None
+
+
+def test_a_stopped_process_costs_one_extent(shared: Daemon, clients: Clients) -> None:
+    """It can't say that it has unmapped what was taken: no more is taken of what it maps. It dies, and all goes on."""
+    first = clients.open(shared.socket("first"))
+    fill(first, shared, "first", 128)
+    wait_for(lambda: first.do("status")["extents_mapped"] == 8)
+    first.stop()
+    with Wire(shared.socket("second")) as second:
+        second.hello(chunk_bytes=[CHUNK_BYTES])
+        wait_for(lambda: going(shared) == 1)
+        for number in range(1, 60):
+            store(second, [b"own-%d" % number], number)
+            time.sleep(0.2)
+            assert going(shared) + slots(shared, "first") // 16 >= 8
+        first.kill()
+        wait_for(lambda: store(second, [b"now"], time.monotonic_ns()))
+    other = clients.open(shared.socket("second"))
+    fill(other, shared, "second", 112)
+
+
+def test_memory_does_not_go_to_and_fro_between_tenants(shared: Daemon, clients: Clients) -> None:
+    """One has filled the arena and is idle, the other stores: it gets extent by extent, each moves once."""
+    first = clients.open(shared.socket("first"))
+    fill(first, shared, "first", 128)
+    made = json.loads((shared.home / "state" / "arena.json").read_text())["next_extent"]
+    second = clients.open(shared.socket("second"), ready_s=0)
+    fill(second, shared, "second", 64)
+    for _ in range(100):
+        second.do("write", keys=names(f"on-{time.monotonic_ns()}", range(8)))
+    moved = slots(shared, "second") // 16
+    assert 4 <= moved <= 7
+    # each is made and then formatted, both under numbers of their own; one may be on its way
+    assert json.loads((shared.home / "state" / "arena.json").read_text())["next_extent"] - made <= 2 * moved + 2
+
+
+def test_a_tenant_that_truncates_all_it_gets_takes_no_more(shared: Daemon, clients: Clients) -> None:
+    first = clients.open(shared.socket("first"))
+    fill(first, shared, "first", 128)
+    with evil(shared.socket("second")) as (control, descriptors):
+        held: list[int] = []
+        stolen: list[Stolen] = []
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until:
+            store(control, [b"%d" % time.monotonic_ns()], time.monotonic_ns())
+            stolen.append(steal(descriptors, [CHUNK_BYTES], held))
+            held += stolen[-1].extents
+            for descriptor in stolen[-1].data:
+                os.ftruncate(descriptor, 0)
+            time.sleep(0.1)
+        assert len(set(held)) == 1
+        assert slots(shared, "first") >= 7 * 16
+        for each in stolen:
+            each.close()
+    assert first.do("write", keys=KEYS) == KEYS
+
+
 # --- scribbling -------------------------------------------------------------------------------------------------------
 
 

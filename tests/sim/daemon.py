@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.25
 
-REPLIES = ev.Welcome | ev.Looked | ev.Leased | ev.Allocated | ev.Sealed | ev.Refused
+REPLIES = ev.Welcome | ev.Claimed | ev.Looked | ev.Leased | ev.Allocated | ev.Sealed | ev.Refused
 
 
 class Killed(Exception):  # noqa: N818 - an end, not an error

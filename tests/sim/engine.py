@@ -112,10 +112,14 @@ class Engine:
         workers: int = 0,
         *,
         pidfd: bool = True,
+        session: str | None = None,
     ) -> None:
+        """`session`: the id of a session that another engine has had (its own)."""
         self.city = city
         self.name = name
-        self.session = name.encode().ljust(16, b".")
+        self.session = (session or name).encode().ljust(16, b".")
+        self.described_max = 1 << 30
+        """Tickets that a Hello or a Claim describes; the others are named by number, and claimed after it."""
         self.tenant = tenant
         self.label = label
         self.namespace = label.encode().ljust(16, b"-")
@@ -132,7 +136,7 @@ class Engine:
         self.workers = [Process(self, city.next_pid(), Role.WORKER, pidfd=pidfd) for _ in range(workers)]
         self.processes = [self.scheduler, *self.workers]
         self.copiers = self.workers or [self.scheduler]
-        self._tickets = 0
+        self._tickets = city.next_pid() << 32  # no two of a session have a ticket of the same number
         self._requests = 0
         self._reports: dict[Process, list[Report]] = {process: [] for process in self.processes}
 

@@ -327,6 +327,8 @@ class Oracle:
             return
         if isinstance(effect, ev.Welcome):
             self._kept(process, effect)
+        if isinstance(effect, ev.Claimed):
+            self._are_kept(process.engine, effect)
         engine = process.engine
         match event, effect:
             case ev.Lookup(), ev.Looked():
@@ -368,7 +370,10 @@ class Oracle:
         if not (writes <= set(welcome.writes_kept) and leases <= set(welcome.leases_kept)):
             self._wrong(f"{engine.name} named writes {writes} and leases {leases}, and was answered {welcome}")
         self.counts["claims kept"] += len(writes) + len(leases)
-        for tickets, kept in (engine.writes, welcome.writes_kept), (engine.leases, welcome.leases_kept):
+        self._are_kept(engine, welcome)
+
+    def _are_kept(self, engine: Engine, answer: ev.Welcome | ev.Claimed) -> None:
+        for tickets, kept in (engine.writes, answer.writes_kept), (engine.leases, answer.leases_kept):
             for ticket in tickets.values():
                 if ticket.number in kept:
                     ticket.copy.kept = self._incarnation

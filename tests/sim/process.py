@@ -43,6 +43,8 @@ class Process:
         self.alive = True
         self.stalled_until = float("-inf")
         self.welcomed = False
+        self.over = False
+        """It was told that another scheduler has its session."""
         self._welcomed_at = float("-inf")
         self.mapped: dict[int, Table] = {}
         self.copying: dict[int, None] = {}
@@ -188,6 +190,7 @@ class Process:
         self.engine.city.oracle.connecting(link.number, self)
         writes, leases = self.engine.claims(self)
         engine, role = self.engine, self.role
+        told = [*writes, *leases][: engine.described_max]
         welcome = yield self._call_on(
             link,
             lambda connection, call: ev.Hello(
@@ -201,18 +204,40 @@ class Process:
                 label=engine.label,
                 components={"model": engine.label},
                 chunk_bytes=engine.chunk_bytes,
-                writes=writes,
-                leases=leases,
+                writes=tuple(c for c in writes if c in told),
+                leases=tuple(c for c in leases if c in told),
+                open_writes=tuple(c.ticket for c in writes if c not in told),
+                open_leases=tuple(c.ticket for c in leases if c not in told),
+                over=self.over,
             ),
             HELLO_S,
         )
+        if isinstance(welcome, ev.Refused) and welcome.kind == "session":
+            self.over = True
         if not isinstance(welcome, ev.Welcome) or not link.usable:
             link.close()
             return False
+        kept = {*welcome.writes_kept, *welcome.leases_kept}
+        claims: list[ev.WriteClaim | ev.LeaseClaim] = [*writes, *leases]
+        for claim in [c for c in claims if c not in told and c.ticket not in kept]:
+            welcome = yield self._claim(link, welcome, claim)
+            if welcome is None or not link.usable:
+                link.close()
+                return False
         self.welcomed = True
         self._welcomed_at = self.kernel.now
         self.engine.welcomed(self, welcome)
         return True
+
+    def _claim(self, link: Link, welcome: ev.Welcome, claim: ev.WriteClaim | ev.LeaseClaim) -> Task:
+        """What the Hello had no room for, to a daemon that doesn't know its number; the welcome, with what it keeps."""
+        writes = (claim,) if isinstance(claim, ev.WriteClaim) else ()
+        leases = (claim,) if isinstance(claim, ev.LeaseClaim) else ()
+        reply = yield self._call_on(link, lambda connection, call: ev.Claim(connection, call, writes, leases), HELLO_S)
+        if not isinstance(reply, ev.Claimed):
+            return None
+        writes_kept, leases_kept = welcome.writes_kept + reply.writes_kept, welcome.leases_kept + reply.leases_kept
+        return ev.Welcome(welcome.connection, welcome.call, writes_kept, leases_kept)
 
     # --- extents ----------------------------------------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ def the_dead_keep_their_mappings(patch: Patch) -> None:
 
 
 def leases_without_a_reply_stay(patch: Patch) -> None:
-    patch.setattr(Node, "_end_unnamed_leases", lambda self, *_: None)
+    patch.setattr(Node, "_end_leases", lambda self, *_: None)
 
 
 BUGS: list[Callable[[Patch], None]] = [

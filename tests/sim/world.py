@@ -120,11 +120,14 @@ class World:
         workers: int = 0,
         pidfd: bool = True,
         habits: Habits | None = None,
+        session: str | None = None,
     ) -> Engine:
         """An engine that has connected and does what scripts say."""
         sizes = tuple(cells * self.place.cell_bytes for cells in chunk_cells)
         habits = habits or Habits(fail_chance=0.0, slow_chance=0.0, done_chance=0.0, short_chance=0.0)
-        engine = Engine(self, name, tenant, label, sizes, habits, self.dice(name), workers, pidfd=pidfd)
+        engine = Engine(
+            self, name, tenant, label, sizes, habits, self.dice(name), workers, pidfd=pidfd, session=session
+        )
         self.engines.append(engine)
         engine.start(tasks=0)
         self.kernel.run(self.kernel.now + HANG_S, until=lambda: all(p.connected() for p in engine.processes))

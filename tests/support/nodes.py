@@ -221,6 +221,10 @@ class Driven:
         chunk_bytes: tuple[int, ...] = (CHUNK,),
         writes: Sequence[ev.WriteClaim] = (),
         leases: Sequence[ev.LeaseClaim] = (),
+        member: bytes = b"",
+        open_writes: tuple[int, ...] = (),
+        open_leases: tuple[int, ...] = (),
+        over: bool = False,
     ) -> list[ev.Effect]:
         """A process joins; it has ten times its connection's number unless named."""
         process = connection * 10 if process == -1 else process
@@ -238,6 +242,10 @@ class Driven:
                 chunk_bytes,
                 tuple(writes),
                 tuple(leases),
+                member,
+                open_writes,
+                open_leases,
+                over,
             )
         )
 

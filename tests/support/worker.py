@@ -26,8 +26,9 @@ from typing import Any
 
 from cachesvc import Client
 from cachesvc.client.client import Read, Write
+from cachesvc.client.grants import Identity
 from cachesvc.client.keeper import Keeper
-from cachesvc.client.session import Identity, Session
+from cachesvc.client.session import Session
 from cachesvc.types import Role, user_namespace
 from tests.support.contents import LENGTH_MIN, content, fault
 

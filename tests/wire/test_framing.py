@@ -166,6 +166,38 @@ def test_the_largest_frame_passes_and_the_buffer_stays_bounded() -> None:
     assert len(reader.buffer()) <= f.FRAME_BYTES_MAX + 4
 
 
+def test_a_length_alone_gets_no_memory() -> None:
+    """A client that promises a frame and doesn't send it must not make us keep memory for it."""
+    reader = f.FrameReader()
+    at_first = reader.capacity
+    assert feed(reader, struct.pack("<I", f.FRAME_BYTES_MAX) + bytes(at_first - 5), 1 << 20) == []
+    assert reader.capacity == len(reader.buffer()) + reader.pending == at_first
+    feed(reader, bytes(10), 1 << 20)
+    assert reader.capacity == 2 * at_first
+
+
+def test_a_buffer_that_grew_shrinks_when_it_is_empty() -> None:
+    body = bytes(range(256)) * 2048
+    stream = struct.pack("<I", len(body)) + body
+    reader = f.FrameReader()
+    at_first = reader.capacity
+    assert feed(reader, stream + b"\x01", 1 << 20) == [body]
+    grown = reader.capacity
+    assert len(body) < grown <= f.FRAME_BYTES_MAX + 4
+    reader.shrink()
+    assert (reader.capacity, reader.pending) == (grown, 1), "a frame is partly here"
+    last = reader.advance(_put(reader, b"\x00\x00\x00a"))
+    reader.shrink()
+    assert reader.capacity == at_first
+    assert [bytes(payload) for payload in last] == [b"a"], "what was given out stays good"
+    assert feed(reader, stream, 1000) == [body]
+
+
+def _put(reader: f.FrameReader, data: bytes) -> int:
+    reader.buffer()[: len(data)] = data
+    return len(data)
+
+
 @pytest.mark.parametrize("length", [0, f.FRAME_BYTES_MAX + 1, 2**32 - 1])
 @pytest.mark.parametrize("step", [1, 1000])
 def test_empty_and_oversized_frames_break_the_reader(length: int, step: int) -> None:
@@ -190,6 +222,14 @@ def test_payloads_stay_until_the_next_buffer() -> None:
     reader.buffer()[: len(frames)] = frames
     first, second = reader.advance(len(frames))
     assert [f.decode_control_request(view) for view in (first, second)] == [m.Ping(1), m.Ping(2)]
+
+
+def test_one_payload_after_the_other() -> None:
+    reader = f.FrameReader()
+    frames = f.encode(m.Ping(1)) + f.encode(m.Ping(2)) + b"\x01"
+    reader.received(_put(reader, frames))
+    assert [bytes(reader.next() or b"") for _ in range(3)] == [b"\x92\x0a\x01", b"\x92\x0a\x02", b""]
+    assert reader.pending == 1
 
 
 def test_limits_fit_each_other() -> None:

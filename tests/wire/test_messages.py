@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -139,3 +140,21 @@ def test_any_batch_gives_keys_or_a_reason(batch: m.KeyBatch) -> None:
     else:
         assert b"".join(keys) == batch.blob
         assert all(1 <= len(key) <= KEY_BYTES_MAX for key in keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [memoryview(array("I", [1, 2, 3]))],
+        [b"abc", memoryview(array("I", [1, 2, 3]))],
+        [b"a", memoryview(array("I", [1, 2, 3]))],
+        [bytearray(b"abc")],
+        [None],
+        ["abc"],
+        [5],
+    ],
+)
+def test_keys_are_bytes(keys: list[typing.Any]) -> None:
+    """Other buffers would be joined, too, but cut elsewhere by the peer."""
+    with pytest.raises(ValueError, match="keys are bytes"):
+        m.pack_keys(0, keys)
