@@ -1,7 +1,7 @@
-"""The command `cachesvc`: serve, status, namespaces.
+"""The command `cachesvc`: serve, status, namespaces, demo.
 
 Covers: flags, asking a running daemon over its socket, printing. Not here: settings (`config`), the daemon
-(`daemon.app`), HTTP (`admin.app`).
+(`daemon.app`), HTTP (`admin.app`), what the demo shows (`demo.app`).
 
 What can't be done ends in one line on stderr that says what to do, and exit code 2. Everything heavy is imported in the
 functions that use it: `serve` has to listen within half a second.
@@ -307,3 +307,29 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, str
         values = a["components"].get(name, "-"), b["components"].get(name, "-")
         if values[0] != values[1]:
             yield name, *values
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A causal language model (default: a small random one).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1024, metavar="N", help="Length of the shared document.")] = 4096,
+    kill: Annotated[
+        bool, typer.Option("--kill", help="Kill the daemon (-9) in the middle, and start it again.")
+    ] = False,
+) -> None:
+    """Let two vLLM engines share a prompt; exit code 1 if they didn't."""
+    from rich.console import Console
+
+    from cachesvc.demo import app as story
+
+    with one_line():
+        try:
+            story.run(model, tokens, kill, Console())
+        except story.Failure as failure:
+            typer.echo(f"cachesvc demo: {failure}", err=True)
+            raise typer.Exit(1) from failure

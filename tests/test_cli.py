@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from cachesvc import cli
 from cachesvc.cli import differences, find
+from cachesvc.demo.app import Failure
 from cachesvc.errors import OperatorError
 from cachesvc.wire.messages import Allocate, Lookup, Seal, pack_keys
 from tests.support.daemon import Daemon, Wire, shared_directory
@@ -189,3 +191,25 @@ def test_flags_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_rich_is_not_imported_for_json() -> None:
     code = "import sys, cachesvc.cli; assert not {'rich', 'numpy', 'asyncio'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="there is vLLM")
+def test_demo_without_vllm() -> None:
+    assert "make demo" in refused("demo")
+
+
+def test_demo_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Path | None, tokens: int, kill: bool, console: object) -> None:
+        raise Failure(f"no shared hit of {tokens} tokens, {model}, {kill}")
+
+    monkeypatch.setattr("cachesvc.demo.app.run", fail)
+    result = command("demo", "--model", "m", "--tokens", "5000", "--kill")
+    assert result.exit_code == 1
+    assert result.stderr == "cachesvc demo: no shared hit of 5000 tokens, m, True\n"
+
+
+def test_demo_takes_no_short_document() -> None:
+    assert command("demo", "--tokens", "1000").exit_code == 2
