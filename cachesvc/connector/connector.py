@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 FENCED_IN_MULTI_SINCE: Final = (0, 33)
 """Below, `MultiConnector` lets blocks be used again while we still store them."""
 
-IDLE_LOAD_S: Final = 0.001
+IDLE_LOAD_S: Final = 0.003
 """vLLM looks for the end of a load once a step, and sleeps for as long as this after a step without work."""
 
 WHOLE_WINDOWS_SINCE: Final = (0, 33)

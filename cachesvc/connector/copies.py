@@ -56,9 +56,17 @@ class Copies(Protocol):
 
 
 class HostCopies:
-    """The KV cache is in memory of the CPU. numpy: torch would start threads of its own in each copy."""
+    """The KV cache is in memory of the CPU. numpy: torch would start threads of its own in each copy.
 
-    threads = 2  # one doesn't use up a memory bus
+    Pages of chunks that lie scattered are copied one by one, so what a copy costs beside its bytes counts: 512 of them
+    make a prompt of 8k tokens, and each of ours holds up the other thread.
+    """
+
+    threads = 1  # two share a memory bus and the GIL: no faster than one, and the engine waits for both
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, Any] = {}
+        """KV cache tensors as arrays, by address."""
 
     def fence(self) -> None:
         """The engine computes in its own thread: what it did is done."""
@@ -68,15 +76,22 @@ class HostCopies:
 
     def copy(self, page: Page, extent: memoryview, piece: Piece, offset: int, *, store: bool) -> int:
         """See `Copies`."""
-        cache = page.tensor.numpy()
-        copied = 0
+        cache = self._arrays.get(page.tensor.data_ptr())
+        if cache is None or cache.shape != page.tensor.shape:
+            cache = self._arrays[page.tensor.data_ptr()] = page.tensor.numpy()
+        copied, count = 0, piece.count
         for run in page.runs:
             start, stride = _check(page, extent, piece, offset, run)
-            shape = (piece.count, run.num_fragments, run.fragment_size)
-            slots: Any = np.ndarray(shape, np.int8, extent, start, (stride, run.canonical_stride, 1))
-            blocks = np.lib.stride_tricks.as_strided(
-                cache[piece.block :, run.local_offset :], shape, (cache.strides[0], run.local_stride, 1)
-            )
+            size, first = run.fragment_size, run.local_offset
+            slots: Any
+            if run.num_fragments == 1:
+                slots = np.ndarray((count, size), np.int8, extent, start, (stride or size, 1))
+                blocks = cache[piece.block : piece.block + count, first : first + size]
+            else:
+                shape = (count, run.num_fragments, size)
+                slots = np.ndarray(shape, np.int8, extent, start, (stride, run.canonical_stride, 1))
+                strides = (cache.strides[0], run.local_stride, 1)
+                blocks = np.lib.stride_tricks.as_strided(cache[piece.block :, first:], shape, strides)
             if store:
                 np.copyto(slots, blocks)
             else:

@@ -43,6 +43,9 @@ CHUNK_TOKENS_MAX: Final = 256
 COPIED: Final = "vllm:cachesvc_loaded_chunks"
 """The connector's count of chunks that it has copied and checked."""
 
+SETTLED_S: Final = 3.0
+"""A model younger than this at an engine's start isn't shared: files have coarse clocks."""
+
 READY_S: Final = 120.0
 """A guard: how long two engines may take until the first chunk went from one to the other."""
 
@@ -157,6 +160,13 @@ class Sizes:
             ) from error
 
 
+def _let_settle(model: Path) -> None:
+    """Wait until the model is clearly older than the engines: else nobody can say that they loaded what lies there."""
+    newest = max(path.stat().st_ctime for path in (model, *model.iterdir()))
+    while time.time() - newest < SETTLED_S:
+        time.sleep(0.1)
+
+
 class Stage:
     """A daemon, two engines that have warmed up, a document and three questions."""
 
@@ -164,6 +174,7 @@ class Stage:
         with story.step("A small model with random weights" if model is None else "The model") as done:
             path = cached_model(MID, cache_dir() / "demo") if model is None else model
             sizes = Sizes.read(path)
+            _let_settle(path)
             done(path.name)
         context = tokens + QUESTION_TOKENS + ANSWER_TOKENS
         if context > sizes.context:
