@@ -66,7 +66,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._arrays: dict[int, Any] = {}
-        """KV cache tensors as arrays, by address."""
+        """The tensors of pages as arrays. By identity: a page lives as long as its worker."""
 
     def fence(self) -> None:
         """The engine computes in its own thread: what it did is done."""
@@ -76,9 +76,9 @@ class HostCopies:
 
     def copy(self, page: Page, extent: memoryview, piece: Piece, offset: int, *, store: bool) -> int:
         """See `Copies`."""
-        cache = self._arrays.get(page.tensor.data_ptr())
-        if cache is None or cache.shape != page.tensor.shape:
-            cache = self._arrays[page.tensor.data_ptr()] = page.tensor.numpy()
+        cache = self._arrays.get(id(page))
+        if cache is None:
+            cache = self._arrays[id(page)] = page.tensor.numpy()
         copied, count = 0, piece.count
         for run in page.runs:
             start, stride = _check(page, extent, piece, offset, run)

@@ -263,6 +263,7 @@ class Pausing(HostCopies):
     """Stops in the middle of a job until it is told to go on."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reached, self.go_on = threading.Event(), threading.Event()
         self.pause = False
         self.copied = 0
@@ -521,6 +522,7 @@ def test_a_fault_of_the_copy_ends_the_copies_that_began(daemon: Daemon) -> None:
 def test_the_fence_is_of_the_moment_of_submitting(daemon: Daemon) -> None:
     class Fencing(HostCopies):
         def __init__(self) -> None:
+            super().__init__()
             self.fences, self.begun = 0, []  # type: ignore[var-annotated]
 
         def fence(self) -> Any:

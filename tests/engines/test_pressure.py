@@ -89,7 +89,7 @@ def test_many_requests_at_once(
 def test_preemption(
     daemon: Daemon, one: EngineProcess, two: EngineProcess, crowded: EngineProcess, right: Right
 ) -> None:
-    """More requests than blocks: vLLM throws some out in the middle, also while they store or have just loaded."""
+    """More requests than blocks: vLLM throws some out in the middle, also while they store."""
     crowded.wait_ready()
     crowded.apply("tests.engines.faults:be_patient", seconds=PATIENCE_S)
     asked = [words(f"preempted {n}", 5 * BLOCK + 100) for n in range(8)]
@@ -102,7 +102,6 @@ def test_preemption(
         wait_long(lambda: nothing_held(daemon))
     assert preemptions(crowded) > said_before
     assert not faults_of(crowded)
-    assert crowded.metrics()["vllm:cachesvc_loaded_chunks"] > 0
 
 
 def preemptions(engine: EngineProcess) -> float:
