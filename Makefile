@@ -35,6 +35,7 @@ VLLM_BIN := $(VLLM)/bin
 # LMCache pins another numpy, so it has its own; torch comes first and alone, so that pip takes a CPU build if it knows one.
 LMCACHE_PINS := torch==2.13.0 lmcache==0.5.6
 LMCACHE := $(CACHE)/bench-lmcache
+VLLM_LMCACHE := $(CACHE)/bench-vllm-lmcache
 LMCACHE_MARK := $(LMCACHE)/made-from-$(call key,$(LMCACHE_PINS))
 
 PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off --quiet
@@ -42,7 +43,7 @@ SOURCES := cachesvc tests $(if $(wildcard bench/*.py),bench) $(wildcard node-age
 VLLM_TESTS := tests/connector tests/demo tests/engines
 BENCHES := arena_bandwidth lookup_latency scaling memory_per_chunk restart
 
-.PHONY: help venv check format test test-unit demo bench redis vllm-env bench-env-lmcache clean
+.PHONY: help venv check format test test-unit demo bench redis vllm-env bench-env-lmcache bench-env-vllm-lmcache clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -113,6 +114,14 @@ redis: ## a peer of bench, and of its tests
 
 bench-env-lmcache: $(LMCACHE_MARK) ## LMCache for bench, some 2 GB, outside of the checkout
 	@echo $(LMCACHE)/bin/python
+
+bench-env-vllm-lmcache: $(VLLM_MARK) $(LMCACHE_MARK) ## LMCache beside vLLM for bench, another 120 MB
+	@rm -rf $(VLLM_LMCACHE)
+	@$(VLLM_BIN)/python -m venv $(VLLM_LMCACHE)
+	@$(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(VLLM_LMCACHE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm.pth"
+	@$(VLLM_LMCACHE)/bin/python $(PIP_INSTALL) --no-deps $(lastword $(LMCACHE_PINS)) sortedcontainers
+	@echo $(VLLM_LMCACHE)/bin/python
 
 $(LMCACHE_MARK):
 	@echo '== $(LMCACHE): $(LMCACHE_PINS)'

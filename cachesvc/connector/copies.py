@@ -34,10 +34,7 @@ class Page:
 
 
 class Copies(Protocol):
-    """Moves bytes. `fence` is called in the engine's thread, the rest in the copy thread, `copy` in its helper, too."""
-
-    threads: int
-    """How many threads may share the copies of a job."""
+    """Moves bytes. `fence` is called in the engine's thread, the rest in the copy thread."""
 
     def fence(self) -> Any:
         """A point in the engine's work: what it has been told to do so far comes before a copy that begins there."""
@@ -59,10 +56,8 @@ class HostCopies:
     """The KV cache is in memory of the CPU. numpy: torch would start threads of its own in each copy.
 
     Pages of chunks that lie scattered are copied one by one, so what a copy costs beside its bytes counts: 512 of them
-    make a prompt of 8k tokens, and each of ours holds up the other thread.
+    make a prompt of 8k tokens. One thread: two share a memory bus and the GIL, and the engine waits for both.
     """
-
-    threads = 1  # two share a memory bus and the GIL: no faster than one, and the engine waits for both
 
     def __init__(self) -> None:
         self._arrays: dict[int, Any] = {}
@@ -109,8 +104,6 @@ class TorchCopies:
     Copies run on a stream of their own. It waits for the engine's stream where the job was submitted: the blocks to be
     stored are computed then, and the blocks to be loaded are read by nobody any more.
     """
-
-    threads = 1  # which submits; the device copies
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

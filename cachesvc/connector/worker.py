@@ -22,7 +22,6 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -88,7 +87,6 @@ class CachesvcWorker(OffloadingWorker):
         self._outcomes: dict[int, tuple[int, int]] = {}
         self._failed_loads: dict[int, list[int]] = {}
         self._thread: threading.Thread | None = None
-        self._helper = ThreadPoolExecutor(max(1, copies.threads - 1), "cachesvc-copy-kv")
         self._ended = threading.Event()  # a job has ended since the last `get_finished`
 
     # --- the façade, in the engine's thread -----------------------------------------------------------------------
@@ -157,7 +155,6 @@ class CachesvcWorker(OffloadingWorker):
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(STOP_S)
-        self._helper.shutdown(wait=False)
         self._leave(STOP_S)
 
     # --- the copy thread ------------------------------------------------------------------------------------------
@@ -258,18 +255,7 @@ class CachesvcWorker(OffloadingWorker):
         return moves
 
     def _copy_all(self, moves: Sequence[_Move], *, store: bool) -> int:
-        """Copy; how many bytes. A load is what a request waits for: two threads share it."""
-        if store or min(len(moves), self._copies.threads) < 2:
-            return self._copy_some(moves, store=store)
-        other = self._helper.submit(self._copy_some, moves[1::2], store=store)
-        try:
-            copied = self._copy_some(moves[::2], store=store)
-        finally:
-            # also after a fault here: nobody may use these blocks while they are written
-            wait([other])
-        return copied + other.result()
-
-    def _copy_some(self, moves: Sequence[_Move], *, store: bool) -> int:
+        """Copy; how many bytes."""
         return sum(self._copies.copy(page, extent, piece, at, store=store) for page, extent, piece, at in moves)
 
     def _leave(self, wait_s: float) -> None:
